@@ -1,0 +1,332 @@
+"""Train a classifier against its adversary critic, or one of the defenses that the paper compares it with.
+
+    python train.py --arch lenet                        the paper's run: 100 epochs of MNIST, 50,000 training steps
+    python train.py --arch lenet --quick                minutes on the CPU of a laptop
+    python train.py --arch lenet --quick --data strokes the same on drawn digits, without a download
+"""
+import argparse
+import csv
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's only complaint where numpy is not
+
+import torch
+import torch.nn.functional as F
+
+import data
+from advcritic import RunningConfidence, attack, classifier_loss, closest_class, critic, critic_loss
+from eval import NETWORKS, add_data_flags, deepfool, error_rate, measure, number, read_checkpoint
+
+BATCH = 100
+
+
+# --- The paper's defense: one training step -----------------------------------------------------------------------
+
+def minimise(loss, player, optimizer):
+    """One step of optimizer on player's parameters; the other player gets no gradient."""
+    optimizer.zero_grad()
+    loss.backward(inputs=list(player.parameters()))
+    optimizer.step()
+
+
+def critic_step(run, x, y):
+    """Alternating minimisation of Eqs. 4 and 5 on a batch x (N,1,28,28), y (N,); a dict of detached scalars."""
+    f, D, s = run.f, run.D, run.settings
+    with torch.no_grad():
+        logits = f(x)
+    run.confidence.update(logits)
+    label = logits.argmax(1)
+    if s["target"] == "closest":
+        target = closest_class(f, x, label)
+    else:  # any class but the label, all as likely
+        target = (label + torch.randint_like(label, 1, logits.shape[1])) % logits.shape[1]
+    # The attack is computed once. The critic sees its images, the classifier also differentiates through it.
+    x_adv = attack(f, x, target, run.confidence.mean[target], s["attack_steps"], create_graph=True)
+    with torch.no_grad():
+        y_adv = f(x_adv).argmax(1)
+
+    # Critic, Eq. 4: maximise log D_y(x) + log(1 - D_k(x_adv)), with the gradient norm penalty.
+    loss_D = critic_loss(D, x, y, x_adv, y_adv, s["lambda_grad"])
+    minimise(loss_D, D, run.adam_D)
+
+    # Classifier, Eq. 5 + Eq. 6: minimise NLL - lam log D_k(x_adv) + lambda_rec |A_f(x_adv) - x|^2.
+    loss_f, parts = classifier_loss(f, D, x, y, x_adv, s["lam"], s["lambda_rec"], s["attack_steps"])
+    minimise(loss_f, f, run.adam_f)
+    return {**parts, "critic": loss_D.detach()}
+
+
+def pretrain_step(run, x, y):
+    """Row 0: plain NLL, to fill the running confidence (Section 5: "pretrain the classifier f for 1 epoch")."""
+    logits = run.f(x)
+    run.confidence.update(logits)
+    loss = F.cross_entropy(logits, y)
+    minimise(loss, run.f, run.adam_f)
+    return {"nll": loss.detach()}
+
+
+# --- The other rows of Table 1: losses of f on a batch x (N,1,28,28), y (N,) --------------------------------------
+
+def reference(f, x, y):
+    """No defense: the negative log-likelihood."""
+    return F.cross_entropy(f(x), y)
+
+
+BASELINES = {"reference": reference}
+
+
+def baseline_step(run, x, y):
+    """One step on the loss of a baseline; a dict of the detached loss."""
+    loss = BASELINES[run.settings["defense"]](run.f, x, y)
+    minimise(loss, run.f, run.adam_f)
+    return {"nll": loss.detach()}
+
+
+# --- A run: what is trained, its schedule, its checkpoint ---------------------------------------------------------
+
+def start(settings, device):
+    """A fresh run: its settings, its log, and the networks, optimisers and confidences that a checkpoint holds."""
+    torch.manual_seed(settings["seed"])
+    run = types.SimpleNamespace(settings=settings, log=[], f=NETWORKS[settings["arch"]]().to(device))
+    if settings["defense"] == "critic":
+        run.D, run.confidence = critic().to(device), RunningConfidence(10).to(device)
+        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=5e-4, betas=(0.5, 0.999))
+        run.adam_D = torch.optim.Adam(run.D.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    else:
+        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=1e-3)
+    return run
+
+
+def learning_rate_factor(defense, epoch, epochs):
+    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each epoch."""
+    if defense == "critic":
+        return 0.5 ** ((epoch > round(0.4 * epochs)) + (epoch > round(0.8 * epochs)))
+    return 0.95 ** (epoch - 1)
+
+
+def set_learning_rates(run, epoch):
+    factor = learning_rate_factor(run.settings["defense"], epoch, run.settings["epochs"])
+    for adam in (getattr(run, name) for name in ("adam_f", "adam_D") if hasattr(run, name)):
+        for group in adam.param_groups:
+            group["lr"] = adam.defaults["lr"] * factor
+
+
+def save(run, path):
+    """The one place where a run is written: a checkpoint that is complete or not there, and its log beside it."""
+    checkpoint = {name: part if name in ("settings", "log") else part.state_dict() for name, part in vars(run).items()}
+    checkpoint["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        checkpoint["random_cuda"] = torch.cuda.get_rng_state_all()
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    replace(path, content.getbuffer())
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["epoch", "seconds", *COLUMNS])
+    table.writeheader()
+    table.writerows(run.log)
+    replace(path.with_suffix(".csv"), text.getvalue().encode())
+
+
+def replace(path, content):
+    """Writes a file so that a kill at any moment leaves the old content or the new."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def restore(run, path):
+    """Continues run from a checkpoint. ValueError where it is of another run, OSError where it is not there."""
+    checkpoint = read_checkpoint(path)
+    if other := {name: (checkpoint["settings"].get(name), run.settings.get(name))
+                 for name in {**checkpoint["settings"], **run.settings}
+                 if checkpoint["settings"].get(name) != run.settings.get(name)}:
+        differ = ", ".join(f"{name} {theirs} (now {ours})" for name, (theirs, ours) in other.items())
+        raise ValueError(f"{path} was trained with {differ}: give the same flags, or another --out")
+    try:
+        for name, part in vars(run).items():
+            if name not in ("settings", "log"):
+                part.load_state_dict(checkpoint[name])
+        run.log = checkpoint["log"]
+        torch.set_rng_state(checkpoint["random"])
+        if torch.cuda.is_available() and "random_cuda" in checkpoint:
+            torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be resumed, it is not the whole state of a run ({error})") from None
+
+
+# --- The loop -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {"nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}", "critic": "{:.3f}", "success": "{:.1%}",
+           "val_error": "{:.2%}", "rho": "{:.4f}"}
+
+
+class NotFinite(Exception):
+    """A loss or a weight stopped being finite."""
+
+
+def train_epoch(step, run, x, y, on_step):
+    """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats."""
+    order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
+    rows = []
+    for i, batch in enumerate(order):
+        parts = step(run, x[batch], y[batch])
+        rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
+        on_step(i + 1, len(order))
+    rows = torch.stack(rows)                            # (steps, parts)
+    bad = (~rows.isfinite()).any(1)
+    if bad.any():
+        raise NotFinite(f"the loss is not finite from step {bad.int().argmax().item() + 1} on")
+    if not all(weight.isfinite().all() for weight in run.f.parameters()):
+        raise NotFinite("a weight is not finite after the last step")
+    return dict(zip(parts, rows.mean(0).tolist()))
+
+
+def clock(seconds):
+    """'1:02:03', or '2:03' under an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def train(run, path, x, y, x_val, y_val):
+    """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
+    s, live = run.settings, sys.stderr.isatty()
+    first = 0 if s["defense"] == "critic" else 1  # the critic's row 0 is the epoch of pretraining
+    print(f"{'epoch':>5} {'time':>8} {'left':>8} " + " ".join(f"{name:>9}" for name in COLUMNS), flush=True)
+    measured = False
+    for epoch in range(first + len(run.log), s["epochs"] + 1):
+        began = time.perf_counter()
+        step = baseline_step if first else critic_step if epoch else pretrain_step
+
+        def on_step(i, steps):
+            nonlocal measured, warm
+            if i == 5:
+                warm = time.perf_counter()
+            if i == 20 and epoch and not measured:
+                measured = True
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                per_step = (time.perf_counter() - warm) / 15
+                print(f"      {1000 * per_step:.0f} ms a step: the {s['epochs'] - epoch + 1} epochs to go take about "
+                      f"{clock(per_step * steps * (s['epochs'] - epoch + 1))} (h:min:s) on this machine", flush=True)
+            if live:
+                print(f"\repoch {epoch} step {i}/{steps}\033[K", end="", file=sys.stderr, flush=True)
+
+        set_learning_rates(run, epoch)
+        warm = began
+        row = train_epoch(step, run, x, y, on_step)
+        row["val_error"] = error_rate(run.f, x_val, y_val)
+        row["rho"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
+        seconds = time.perf_counter() - began
+        run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
+        save(run, path)
+        if live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        left = clock(seconds * (s["epochs"] - epoch)) if epoch or s["epochs"] == 0 else ""
+        cells = " ".join(f"{form.format(row[name]) if name in row else '':>9}" for name, form in COLUMNS.items())
+        print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}", flush=True)
+
+
+# --- Command line -------------------------------------------------------------------------------------------------
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=list(NETWORKS), default="lenet")
+    parser.add_argument("--defense", choices=["critic", *BASELINES], default="critic", help="default critic, the paper's")
+    parser.add_argument("--epochs", type=number(int, 1), help="default 100; the critic's epoch of pretraining is extra")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, batches, noise and targets")
+    parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="train on the first N, default 50000")
+    add_data_flags(parser, default="mnist")
+    parser.add_argument("--out", type=Path, metavar="FILE.pt",
+                        help="default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt; the log is FILE.csv beside it")
+    parser.add_argument("--resume", action="store_true", help="continue --out")
+    parser.add_argument("--quick", action="store_true",
+                        help="minutes on a CPU: 15000 training images, 2 epochs after the pretraining (3 without one)")
+    paper = parser.add_argument_group("constants of the paper, for --defense critic")
+    paper.add_argument("--lam", type=number(float, 0), help="of fooling the critic, Eq. 5: 0.1 for lenet, 0.5 for mlp")
+    paper.add_argument("--lambda-rec", type=number(float, 0), help="of the cycle term, Eq. 6: 0.01")
+    paper.add_argument("--lambda-grad", type=number(float, 0), help="of the critic's gradient norm penalty: 10")
+    paper.add_argument("--attack-steps", type=number(int, 1), help="of Algorithm 1: 5")
+    paper.add_argument("--target", choices=["closest", "uniform"], help="class of the attack: closest")
+    args = parser.parse_args(argv)
+
+    if args.defense == "critic":
+        preset = {"epochs": 2, "train_images": 15000} if args.quick else {}
+        default = {"epochs": 100, "train_images": 50000, "lam": 0.1 if args.arch == "lenet" else 0.5,
+                   "lambda_rec": 0.01, "lambda_grad": 10.0, "attack_steps": 5, "target": "closest", **preset}
+    else:
+        for name in ("lam", "lambda_rec", "lambda_grad", "attack_steps", "target"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
+        default = {"epochs": 3, "train_images": 15000} if args.quick else {"epochs": 100, "train_images": 50000}
+    settings = {name: getattr(args, name) for name in ("arch", "defense", "seed", "data")}
+    settings |= {name: value if getattr(args, name) is None else getattr(args, name) for name, value in default.items()}
+    if args.out is None:
+        args.out = Path("runs", "-".join([args.arch, args.defense, *["quick"] * args.quick,
+                                          *["strokes"] * (args.data == "strokes"), f"{args.seed}.pt"]))
+    if args.out.suffix != ".pt":
+        parser.error(f"--out {args.out}: expected a name that ends in .pt")
+    return args, settings
+
+
+def load(source, data_dir, train_images, device):
+    """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does)."""
+    n = 10000 + train_images
+    x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.stroke_digits(n, seed=0)
+    x, y = x[:n].to(device), y[:n].to(device)
+    return x[10000:], y[10000:], x[:10000], y[:10000]
+
+
+def main(argv=None):
+    args, settings = parse_flags(argv)
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        run = start(settings, args.device)
+        if args.resume:
+            restore(run, args.out)
+        else:
+            for path in (args.out, args.out.with_suffix(".csv")):
+                if path.exists():
+                    raise ValueError(f"{path} is there already: --resume continues it, --out names another file")
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        if run.log and run.log[-1]["epoch"] == settings["epochs"]:
+            print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
+            return 0
+        sets = load(args.data, args.data_dir, settings["train_images"], args.device)
+    except (OSError, ValueError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__} on {args.device} ({name})")
+    print(" ".join(f"{key}={value}" for key, value in settings.items()))
+    print(f"{args.out} and {args.out.with_suffix('.csv')} are written after each epoch", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        train(run, args.out, *sets)
+    except KeyboardInterrupt:
+        resume = f"{command}{'' if args.resume else ' --resume'}"
+        print("\nInterrupted. " + (f"{args.out} keeps the last whole epoch; go on with: {resume}" if args.out.exists()
+                                   else "No epoch was finished, so nothing was saved."), file=sys.stderr)
+        return 130
+    except (NotFinite, OSError) as error:
+        kept = f"{args.out} keeps epoch {run.log[-1]['epoch']}" if args.out.exists() else "nothing was saved"
+        print(f"\ntrain.py: error: epoch {len(run.log)}: {error}; {kept}", file=sys.stderr)
+        return 2
+    print(f"Done. On the test set: python eval.py {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
