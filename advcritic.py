@@ -163,7 +163,7 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box
             x_adv = x_adv + (1 + overshoot) * (go[:, None] * r_i).view_as(x)
         else:
             below = torch.where(logits.argmax(1) == target[live], below, 1)
-            x_next = x_i + (1 + overshoot) * (below[:, None] * r_i).view_as(x_i)
+            x_next = x_adv[live] + (1 + overshoot) * (below[:, None] * r_i).view_as(x_i)
             go, x_adv = go.index_copy(0, live, below), x_adv.index_copy(0, live, x_next.clamp(*box))
     return x_adv
 

@@ -70,12 +70,12 @@ def verify(content, shape, sha256):
                 content = file.read(size + 1)  # and not more, whatever the archive unpacks to
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"the gzip archive is broken ({error})") from None
-    if len(content) < 4 + 4 * len(shape):
-        raise ValueError(f"{len(content)} bytes, too short for a header")
     if content[:3] != b"\x00\x00\x08":
         raise ValueError(f"neither gzip nor IDX, it begins with {content[:12]!r}")
-    if content[3] != len(shape):
-        raise ValueError(f"{content[3]} dimensions, expected {len(shape)}; images and labels swapped?")
+    if content[3:4] != bytes([len(shape)]):
+        raise ValueError(f"{content[3:4].hex() or 'no'} dimensions, expected {len(shape)}; images and labels swapped?")
+    if len(content) < 4 + 4 * len(shape):
+        raise ValueError(f"{len(content)} bytes, too short for a header")
     found = struct.unpack(f">{len(shape)}I", content[4:4 + 4 * len(shape)])
     if found != shape:
         raise ValueError(f"shape {found}, expected {shape}")

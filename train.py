@@ -120,7 +120,7 @@ def set_learning_rates(run, epoch):
 
 
 def save(run, path):
-    """The one place where a run is written: a checkpoint that is complete or not there, and its log beside it."""
+    """The one place where a run is written: its checkpoint, and its log beside it."""
     checkpoint = {name: part if name in ("settings", "log") else part.state_dict() for name, part in vars(run).items()}
     checkpoint["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -128,6 +128,11 @@ def save(run, path):
     content = io.BytesIO()
     torch.save(checkpoint, content)
     replace(path, content.getbuffer())
+    save_log(run, path)
+
+
+def save_log(run, path):
+    """The checkpoint's log as CSV, always as a whole, so that no kill loses or doubles a row."""
     text = io.StringIO()
     table = csv.DictWriter(text, ["epoch", "seconds", *COLUMNS])
     table.writeheader()
@@ -175,7 +180,7 @@ class NotFinite(Exception):
     """A loss or a weight stopped being finite."""
 
 
-def train_epoch(step, run, x, y, on_step):
+def train_epoch(step, run, x, y, on_step, epoch):
     """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
     rows = []
@@ -186,9 +191,9 @@ def train_epoch(step, run, x, y, on_step):
     rows = torch.stack(rows)                            # (steps, parts)
     bad = (~rows.isfinite()).any(1)
     if bad.any():
-        raise NotFinite(f"the loss is not finite from step {bad.int().argmax().item() + 1} on")
+        raise NotFinite(f"the loss is not finite from step {bad.int().argmax().item() + 1} of epoch {epoch} on")
     if not all(weight.isfinite().all() for weight in run.f.parameters()):
-        raise NotFinite("a weight is not finite after the last step")
+        raise NotFinite(f"a weight is not finite after the last step of epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
 
 
@@ -225,7 +230,7 @@ def train(run, path, x, y, x_val, y_val):
 
         set_learning_rates(run, epoch)
         warm = began
-        row = train_epoch(step, run, x, y, on_step)
+        row = train_epoch(step, run, x, y, on_step, epoch)
         row["val_error"] = error_rate(run.f, x_val, y_val)
         row["rho"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
         seconds = time.perf_counter() - began
@@ -291,38 +296,42 @@ def load(source, data_dir, train_images, device):
 def main(argv=None):
     args, settings = parse_flags(argv)
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run = start(settings, args.device)
         if args.resume:
             restore(run, args.out)
+            save_log(run, args.out)
+            if run.log[-1]["epoch"] == settings["epochs"]:
+                print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
+                return 0
         else:
             for path in (args.out, args.out.with_suffix(".csv")):
                 if path.exists():
                     raise ValueError(f"{path} is there already: --resume continues it, --out names another file")
             args.out.parent.mkdir(parents=True, exist_ok=True)
-        if run.log and run.log[-1]["epoch"] == settings["epochs"]:
-            print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
-            return 0
         sets = load(args.data, args.data_dir, settings["train_images"], args.device)
+        print(f"torch {torch.__version__} on {args.device} "
+              + (torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else
+                 f"with {torch.get_num_threads()} threads"))
+        print(" ".join(f"{name}={value}" for name, value in settings.items()))
+        print(f"{args.out} and {args.out.with_suffix('.csv')} are written after each epoch", flush=True)
     except (OSError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {args.device} ({name})")
-    print(" ".join(f"{key}={value}" for key, value in settings.items()))
-    print(f"{args.out} and {args.out.with_suffix('.csv')} are written after each epoch", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    except KeyboardInterrupt:
+        print("\nInterrupted before the first step.", file=sys.stderr)
+        return 130
     try:
         train(run, args.out, *sets)
     except KeyboardInterrupt:
-        resume = f"{command}{'' if args.resume else ' --resume'}"
-        print("\nInterrupted. " + (f"{args.out} keeps the last whole epoch; go on with: {resume}" if args.out.exists()
-                                   else "No epoch was finished, so nothing was saved."), file=sys.stderr)
+        kept = (f"{args.out} keeps the last whole epoch; go on with: {command}{'' if args.resume else ' --resume'}"
+                if args.out.exists() else "No epoch was finished, so nothing was saved.")
+        print(f"\nInterrupted. {kept}", file=sys.stderr)
         return 130
     except (NotFinite, OSError) as error:
-        kept = f"{args.out} keeps epoch {run.log[-1]['epoch']}" if args.out.exists() else "nothing was saved"
-        print(f"\ntrain.py: error: epoch {len(run.log)}: {error}; {kept}", file=sys.stderr)
+        kept = f"{args.out} keeps the last good epoch" if args.out.exists() else "no epoch was finished before it"
+        print(f"\ntrain.py: error: {error}; {kept}", file=sys.stderr)
         return 2
     print(f"Done. On the test set: python eval.py {args.out}")
     return 0
