@@ -94,8 +94,9 @@ def error_rate(f, x, y):
 
 
 @torch.no_grad()
-def measure(f, x, y, attack, progress=lambda done, total: None):
-    """Attacks the images x with attack(f, x, y) -> x_adv and sums up, from the returned images alone. A dict:
+def measure(f, x, y, attack, label=None):
+    """Attacks the images x with attack(f, x, y) -> x_adv and sums up, from the returned images alone. With a label
+    it shows its progress on a terminal. A dict:
 
     rho      mean over the images that were fooled and are not black; 0 for images that f gets wrong by itself
     failed   images still classified as y        black     images of norm 0, left out of the mean
@@ -104,19 +105,19 @@ def measure(f, x, y, attack, progress=lambda done, total: None):
     """
     start, parts = time.perf_counter(), []
     chunk = len(x) if x.is_cuda else 250
-    for part, label in zip(x.split(chunk), y.split(chunk)):
-        parts.append(attack(f, part, label))
-        progress(sum(map(len, parts)), len(x))
+    for some in torch.arange(len(x), device=x.device).split(chunk):
+        if label and sys.stderr.isatty():
+            print(f"\r{label} {some[0]}/{len(x)}\033[K", end="", file=sys.stderr, flush=True)
+        parts.append(attack(f, x[some], y[some]))
     x_adv = torch.cat(parts)
     fooled = torch.cat([f(part).argmax(1) for part in x_adv.split(1000)]) != y
     seconds = time.perf_counter() - start
     ratio = rho(x, x_adv)
-    sure, label = torch.cat([f(part).softmax(1) for part in x.split(1000)]).max(1)
+    sure, predicted = torch.cat([f(part).softmax(1) for part in x.split(1000)]).max(1)
     sure_adv = torch.cat([f(part).softmax(1) for part in x_adv.split(1000)]).amax(1)
-    right = label == y
     return dict(rho=ratio[fooled & ~ratio.isnan()].mean().item(), failed=(~fooled).sum().item(),
                 black=ratio.isnan().sum().item(), seconds=seconds,
-                reached=(fooled & (sure_adv >= sure))[right].float().mean().item())
+                reached=(fooled & (sure_adv >= sure))[predicted == y].float().mean().item())
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------
@@ -125,7 +126,8 @@ def read_checkpoint(path):
     """The dict in a checkpoint of train.py, on the CPU, with its settings and the weights of a finite f at least.
     Runs no code from the file. OSError where it cannot be read, ValueError where it is no such checkpoint."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle; it is refused anyway
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         arch = checkpoint["settings"]["arch"]
         NETWORKS[arch]().load_state_dict(checkpoint["f"])
@@ -170,13 +172,17 @@ def print_table(results, attacks):
     groups = {}
     for settings, figures in results:
         groups.setdefault(str({**settings, "seed": None}), []).append((settings, figures))
-    header = ["network", "defense", "epochs", "seeds", "test error %"]
+    names = ["arch", "defense", "epochs"]  # and whatever else tells the groups apart
+    all_settings = [settings for settings, _ in results]
+    names += [name for name in all_settings[0] if name not in [*names, "seed"]
+              and len({str(settings.get(name)) for settings in all_settings if name in settings}) > 1]
+    header = [*names, "seeds", "test error %"]
     for name in attacks:
         header += [f"rho {name}", "failed"] + ["reached %"] * (name == "own") + ["seconds"]
     rows = [header]
     for group in groups.values():
         settings, figures = group[0][0], [figures for _, figures in group]
-        row = [settings["arch"], settings["defense"], str(settings["epochs"]), str(len(group)),
+        row = [*(str(settings.get(name, "")) for name in names), str(len(group)),
                spread([100 * figure["test_error"] for figure in figures], 2)]
         for name in attacks:
             of = {key: [figure[name][key] for figure in figures] for key in figures[0][name]}
@@ -251,10 +257,7 @@ def main(argv=None):
     for path, (f, settings) in zip(args.checkpoints, loaded):
         figures = {"test_error": error_rate(f, x, y)}
         for name in args.attacks:
-            def progress(done, total):
-                if sys.stderr.isatty():
-                    print(f"\r{path} {name} {done}/{total}\033[K", end="", file=sys.stderr, flush=True)
-            figures[name] = measure(f, x[some], y[some], ATTACKS[name], progress)
+            figures[name] = measure(f, x[some], y[some], ATTACKS[name], f"{path} {name}")
         results.append((settings, figures))
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)

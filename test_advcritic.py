@@ -688,3 +688,14 @@ def test_load_checkpoint_with_weights_alone(tmp_path):
     loaded, info = evaluation.load_checkpoint(tmp_path / "weights.pt")
     x = torch.rand(3, 1, 28, 28)
     assert torch.equal(loaded(x), f(x)) and info == GOOD["settings"]
+
+
+def test_the_examples_of_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("runs")
+    torch.save({**GOOD, "f": lenet().state_dict()}, "runs/lenet-critic-0.pt")
+    blocks, names = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL), {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == GOOD["settings"]
+    assert names["f"](names["x"]).shape == (100, 10)

@@ -180,14 +180,24 @@ class NotFinite(Exception):
     """A loss or a weight stopped being finite."""
 
 
-def train_epoch(step, run, x, y, on_step, epoch):
-    """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats."""
+def train_epoch(step, run, x, y, epoch, announce=0):
+    """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats.
+    announce: print how long this many epochs will take, once the first steps are done. NotFinite ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
-    rows = []
-    for i, batch in enumerate(order):
+    rows, times = [], []
+    for i, batch in enumerate(order, 1):
         parts = step(run, x[batch], y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
-        on_step(i + 1, len(order))
+        if announce and i in (5, 20):
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            if i == 20:
+                seconds = (times[1] - times[0]) / 15
+                print(f"      {1000 * seconds:.0f} ms a step, so the {announce} epochs to go will take about "
+                      f"{clock(seconds * len(order) * announce)} (hours:minutes:seconds)", flush=True)
+        if sys.stderr.isatty():
+            print(f"\repoch {epoch} step {i}/{len(order)}\033[K", end="", file=sys.stderr, flush=True)
     rows = torch.stack(rows)                            # (steps, parts)
     bad = (~rows.isfinite()).any(1)
     if bad.any():
@@ -206,39 +216,22 @@ def clock(seconds):
 
 def train(run, path, x, y, x_val, y_val):
     """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
-    s, live = run.settings, sys.stderr.isatty()
-    first = 0 if s["defense"] == "critic" else 1  # the critic's row 0 is the epoch of pretraining
+    defense, epochs = run.settings["defense"], run.settings["epochs"]
+    begin = len(run.log) + (defense != "critic")  # the critic's epoch 0 is that of pretraining
     print(f"{'epoch':>5} {'time':>8} {'left':>8} " + " ".join(f"{name:>9}" for name in COLUMNS), flush=True)
-    measured = False
-    for epoch in range(first + len(run.log), s["epochs"] + 1):
+    for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
-        step = baseline_step if first else critic_step if epoch else pretrain_step
-
-        def on_step(i, steps):
-            nonlocal measured, warm
-            if i == 5:
-                warm = time.perf_counter()
-            if i == 20 and epoch and not measured:
-                measured = True
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                per_step = (time.perf_counter() - warm) / 15
-                print(f"      {1000 * per_step:.0f} ms a step: the {s['epochs'] - epoch + 1} epochs to go take about "
-                      f"{clock(per_step * steps * (s['epochs'] - epoch + 1))} (h:min:s) on this machine", flush=True)
-            if live:
-                print(f"\repoch {epoch} step {i}/{steps}\033[K", end="", file=sys.stderr, flush=True)
-
+        step = baseline_step if defense != "critic" else critic_step if epoch else pretrain_step
         set_learning_rates(run, epoch)
-        warm = began
-        row = train_epoch(step, run, x, y, on_step, epoch)
+        row = train_epoch(step, run, x, y, epoch, announce=epochs - epoch + 1 if epoch == max(begin, 1) else 0)
         row["val_error"] = error_rate(run.f, x_val, y_val)
         row["rho"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
         seconds = time.perf_counter() - began
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
         save(run, path)
-        if live:
+        left = clock(seconds * (epochs - epoch)) if epoch else ""
+        if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        left = clock(seconds * (s["epochs"] - epoch)) if epoch or s["epochs"] == 0 else ""
         cells = " ".join(f"{form.format(row[name]) if name in row else '':>9}" for name, form in COLUMNS.items())
         print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}", flush=True)
 
@@ -248,7 +241,7 @@ def train(run, path, x, y, x_val, y_val):
 def parse_flags(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=list(NETWORKS), default="lenet")
-    parser.add_argument("--defense", choices=["critic", *BASELINES], default="critic", help="default critic, the paper's")
+    parser.add_argument("--defense", choices=["critic", *BASELINES], default="critic", help="default critic")
     parser.add_argument("--epochs", type=number(int, 1), help="default 100; the critic's epoch of pretraining is extra")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, batches, noise and targets")
     parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="train on the first N, default 50000")
