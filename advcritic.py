@@ -2,17 +2,18 @@
 
     x       images (N,1,28,28), float in [0,1]        f   classifier, images -> logits (N,K)
     y       labels (N,)                               D   critic, images -> logits (N,K)
-    x_adv   A_f(x; target), the attacked images       C   confidence the attack must reach, (N,)
-    target  class the attack aims at (N,)             k   class that f gives to x_adv (N,)
+    x_adv   A_f(x; target), the attacked images       C   confidence that the attack must reach (N,)
+    target  class that the attack aims at (N,)        k   class that f gives to x_adv (N,)
 
-Headings name the item of the paper and stand in its order: Section 4 from Figure 3 to the target and the
-confidence, then the two networks of Section 5. One training step is: closest_class -> attack -> critic_loss,
-then classifier_loss through the same x_adv (train.py).
+Headings name the item of the paper and stand in its order, Section 4 from Figure 3 to the target and the confidence,
+then the two networks of Section 5. The critic estimates the distance between natural and attacked images of Eq. 3.
+One training step is: RunningConfidence.update, closest_class, attack, critic_loss; then classifier_loss through the
+same x_adv (train.py). README lists the constants that the paper does not print.
 
-Signs: Eqs. 4 and 5 as printed read D_k as the probability that an image is adversarial. Here, as is usual,
-D_k = sigmoid(logit k) is the probability that x is natural data of class k, so both signs flip:
-the critic maximises log D_y(x) + log(1 - D_k(x_adv)), and the classifier minimises -log D_k(x_adv).
-With logits s these are softplus(-s) = -log sigmoid(s) and softplus(s) = -log(1 - sigmoid(s)).
+Signs: Eqs. 4 and 5 as printed read D_k as the probability that an image is adversarial, with an unbounded loss. Here
+D_k = sigmoid(logit k) is the probability that x is natural data of class k, with the usual cross-entropy: the critic
+maximises log D_y(x) + log(1 - D_k(x_adv)), and the classifier minimises -log D_k(x_adv). With the logit s these are
+softplus(-s) = -log sigmoid(s) and softplus(s) = -log(1 - sigmoid(s)).
 """
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,15 @@ class GaussianNoise(nn.Module):
 
     def forward(self, x):
         return x + self.std * torch.randn_like(x) if self.training else x
+
+
+def he_normal(net):
+    """Initialises every Linear and Conv2d of net in place: weights N(0, 2 / fan-in), biases 0. Returns net."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 def critic():
@@ -62,9 +72,9 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 
     mean softplus(-D_y(x)) + mean softplus(D_k(x_adv)) + lambda_grad (penalty(D_y, x) + penalty(D_k, x_adv))
 
-    x, x_adv (N,...) images; y (N,) true labels; y_adv (N,) the class k that f gives to x_adv. Both images are
-    detached. The penalty is taken at x and at x_adv, not between them, on the very logits of the first two terms,
-    so that both see the same draw of the critic's noise.
+    x, x_adv (N,...) images, both detached; y (N,) true labels; y_adv (N,) the class k that f gives to x_adv, which is
+    that of x where the attack failed: the critic sees these images too. The penalty is taken at x and at x_adv, not
+    between them, and on the very logits of the first two terms, so that it sees the same draw of the critic's noise.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
     real = D(x).gather(1, y[:, None]).squeeze(1)
@@ -82,28 +92,28 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
     x_rec = A_f(x_adv; the class of x), to the confidence that f has in this class at x
 
     x (N,...) images, y (N,) labels, x_adv what attack(f, x, ..., create_graph=True) made of x with the same f;
-    lam is 0.5 for the MLP and 0.1 for LeNet; steps of the attack back. The second and third mean run over the
-    images whose attack changed the prediction; both are 0 where there is none.
+    lam is 0.5 for the MLP and 0.1 for LeNet; steps of the attack back. The second and third mean run over the images
+    whose attack changed the prediction (y != y_k in the paper); both are 0 where there is none.
 
     Returns the scalar, and a dict of its detached parts: nll, fool, cycle (before their weights) and success, the
     share of the images whose attack changed the prediction.
     """
     logits = f(x)
     nll = F.cross_entropy(logits, y)
-    probability, label = logits.softmax(1).max(1)
+    probability, predicted = logits.softmax(1).max(1)
     with torch.no_grad():
         k = f(x_adv).argmax(1)
-    moved = k != label
+    moved = k != predicted
 
-    def mean_moved(value):  # a weighted mean: no boolean indexing, so shapes are static and nothing goes to the host
-        return torch.where(moved, value, 0).sum() / moved.sum().clamp(min=1)  # where: 0 x NaN would be NaN
+    def mean_moved(value):  # by weights, not by boolean indexing: static shapes and no host read, for a CUDA graph
+        return torch.where(moved, value, 0).sum() / moved.sum().clamp(min=1)
 
-    # The gradient of `fool` runs through D (whose weights stay put) and x_adv into the attack, and so into f.
+    # The gradient of `fool` runs through D (whose weights stay put: train.minimise) and x_adv into the attack and f.
     fool = mean_moved(F.softplus(-D(x_adv).gather(1, k[:, None]).squeeze(1)))
-    # The way back starts from x_adv as a constant, so this term trains A_f at x_adv. Its confidence is not detached:
-    # as in the released code, the term also moves the confidence at x (a third of this term's gradient, in norm).
+    # The way back starts from x_adv as a constant, so this term trains A_f at x_adv. Its confidence is not detached,
+    # as in the released code, so it trains f at x as well; detaching it changes this gradient by about a third.
     # Eq. 6 prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
-    x_rec = attack(f, x_adv.detach(), label, probability, steps, create_graph=True)
+    x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
     cycle = mean_moved((x_rec - x).flatten(1).square().sum(1))
 
     parts = dict(nll=nll, fool=fool, cycle=cycle, success=moved.to(nll.dtype).mean())
@@ -113,21 +123,20 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
 # --- Eq. 7 and Algorithm 1: the attack ----------------------------------------------------------------------------
 
 def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box=None, create_graph=False):
-    """A_f(x; target), Algorithm 1: x_adv such that f predicts target with probability at least C = confidence.
+    """A_f(x; target), Algorithm 1: x_adv to which f gives the target's class a probability of at least C = confidence.
 
-    From r = 0, `steps` times, at x_i = x + (1 + overshoot) r, with p the target's probability at x_i, l = log p and
-    w = grad_x l:
-        r_i = |log C - l| / |w|  w / |w|                Eq. 7: as printed it is the length, w/|w| is the direction
+    From r = 0, `steps` times, at x_i = x + (1 + overshoot) r, with p the target's probability at x_i, l = log p,
+    w = grad_x l, n = sqrt(eps + |w|^2) and eps = 1e-8:
+        r_i = (sqrt(eps) + |log C - l| / n) (w / n)     Eq. 7 is the length |log C - l| / |w|, w / |w| the direction
         r  += r_i  prod_{j<=i} 1[p(x_j) < C]            an image that reached C stays where it is
 
     x (N,...) images, target (N,), confidence in (0,1], a float or (N,); f any callable, images -> logits (N,K).
-    max_step cuts |r_i|_2 to this length. box = (low, high) clamps each x_i; then an image also has to be
-    classified as the target before it stops, and leaves the computation when it does. The paper trains with
-    steps=5 and tests with steps=500, max_step=0.1 and the box (0,1); we add overshoot=0.02 in tests.
+    overshoot and sqrt(eps) take the linearised step across its goal. max_step cuts |r_i|_2, before the overshoot.
+    box = (low, high) clamps each x_i; then an image must also be classified as the target before it stops, and
+    leaves the computation when it does. The paper trains with 5 steps and tests with 500 of at most 0.1, in the box.
 
-    Returns x_adv (N,...), detached and without a graph unless create_graph, in which case it is a differentiable
-    function of f's weights and of confidence. An attack that fails keeps its last iterate. Memory: create_graph
-    keeps `steps` passes of f.
+    Returns x_adv (N,...), detached unless create_graph, in which case it carries a gradient to f's weights and to
+    confidence. An attack that fails keeps its last iterate. create_graph keeps `steps` passes of f in memory.
     """
     x, eps = x.detach(), 1e-8
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device).expand(len(x))
@@ -138,17 +147,17 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box
         if box is not None and len(live) == 0:
             break
         # Where the gradient stops. x_adv = x + (1 + overshoot) sum_i go_i r_i, and f's weights enter each summand in
-        # two ways: through w and l, computed with the weights, and through the point x_i at which they are computed,
-        # itself a function of the weights by the steps before it. We keep the first and cut the second, as the
-        # authors do: x_i is detached, so each step is a differentiable function of the weights at a fixed point,
-        # and the gradient of x_adv is the plain sum of its steps' gradients, d r_i / d weights at x_i. Keeping the
-        # second would chain a Hessian of f per step, five deep, which is costly and explodes.
+        # two ways: through p, l and w, computed with the weights, and through the point x_i at which they are
+        # computed, which the steps before it have reached with the same weights. We keep the first and cut the
+        # second: x_i is detached, so each step is a differentiable function of the weights at a fixed point, and
+        # the gradient of x_adv is the sum of the gradients of go_i r_i, each at its x_i. Keeping the second would
+        # multiply every step's gradient with the Hessians of log p at all later points.
         # w is itself a gradient; create_graph makes it differentiable, which is the paper's d2f / dx dw.
         with torch.enable_grad():
             x_i = x_adv[live].detach().requires_grad_()
             logits = f(x_i)
             l = -F.cross_entropy(logits, target[live], reduction="none")
-            w, = torch.autograd.grad(l.sum(), x_i, create_graph=create_graph)  # sum: no image depends on its batch
+            w, = torch.autograd.grad(l.sum(), x_i, create_graph=create_graph)  # of a sum: each image its own
         l, w = (l if create_graph else l.detach()), w.flatten(1)  # w (N,d)
         n = (eps + w.square().sum(1)).sqrt()
         r_i = ((eps ** 0.5 + (C[live].log() - l).abs() / n) / n)[:, None] * w
@@ -158,13 +167,14 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box
         # round(sigmoid(C - p)), its gradient is the sigmoid's.
         s = torch.sigmoid(C[live] - l.exp())
         below = s + (s.round() - s).detach()
-        if box is None:
-            go = go * below
-            x_adv = x_adv + (1 + overshoot) * (go[:, None] * r_i).view_as(x)
-        else:
+        if box is not None:
             below = torch.where(logits.argmax(1) == target[live], below, 1)
-            x_next = x_adv[live] + (1 + overshoot) * (below[:, None] * r_i).view_as(x_i)
-            go, x_adv = go.index_copy(0, live, below), x_adv.index_copy(0, live, x_next.clamp(*box))
+        go_i = go[live] * below
+        step = (1 + overshoot) * (go_i[:, None] * r_i).view_as(x_i)
+        if box is None:
+            go, x_adv = go_i, x_adv + step
+        else:
+            go, x_adv = go.index_copy(0, live, go_i), x_adv.index_copy(0, live, (x_adv[live] + step).clamp(*box))
     return x_adv
 
 
@@ -217,15 +227,6 @@ class RunningConfidence(nn.Module):
 
 
 # --- Section 5: the two classifiers -------------------------------------------------------------------------------
-
-def he_normal(net):
-    """Initialises every Linear and Conv2d of net in place: weights N(0, 2 / fan-in), biases 0. Returns net."""
-    for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    return net
-
 
 def mlp():
     """The fully connected network of Table 1a: images (N,1,28,28) -> logits (N,10); 784-1200-1200-1200-10, ReLU."""
