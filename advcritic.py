@@ -241,8 +241,8 @@ def mlp():
 def lenet():
     """LeNet-5 of Table 1b: images (N,1,28,28) -> logits (N,10); two 5x5 convolutions with pooling, two dense."""
     return he_normal(nn.Sequential(
-        nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2),   # (N,32,12,12)
-        nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2),  # (N,64,4,4)
+        nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12); the function and the gradients are those of
+        nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)    ReLU before pooling, on a quarter the values
         nn.Flatten(),
         nn.Linear(1024, 512), nn.ReLU(),
         nn.Linear(512, 10)))

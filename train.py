@@ -250,7 +250,7 @@ def parse_flags(argv):
                         help="default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt; the log is FILE.csv beside it")
     parser.add_argument("--resume", action="store_true", help="continue --out")
     parser.add_argument("--quick", action="store_true",
-                        help="minutes on a CPU: 15000 training images, 2 epochs after the pretraining (3 without one)")
+                        help="minutes on a CPU: 18000 training images, 2 epochs after that of pretraining (others: 3)")
     paper = parser.add_argument_group("constants of the paper, for --defense critic")
     paper.add_argument("--lam", type=number(float, 0), help="of fooling the critic, Eq. 5: 0.1 for lenet, 0.5 for mlp")
     paper.add_argument("--lambda-rec", type=number(float, 0), help="of the cycle term, Eq. 6: 0.01")
@@ -260,14 +260,14 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
 
     if args.defense == "critic":
-        preset = {"epochs": 2, "train_images": 15000} if args.quick else {}
+        preset = {"epochs": 2, "train_images": 18000} if args.quick else {}
         default = {"epochs": 100, "train_images": 50000, "lam": 0.1 if args.arch == "lenet" else 0.5,
                    "lambda_rec": 0.01, "lambda_grad": 10.0, "attack_steps": 5, "target": "closest", **preset}
     else:
         for name in ("lam", "lambda_rec", "lambda_grad", "attack_steps", "target"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
-        default = {"epochs": 3, "train_images": 15000} if args.quick else {"epochs": 100, "train_images": 50000}
+        default = {"epochs": 3, "train_images": 18000} if args.quick else {"epochs": 100, "train_images": 50000}
     settings = {name: getattr(args, name) for name in ("arch", "defense", "seed", "data")}
     settings |= {name: value if getattr(args, name) is None else getattr(args, name) for name, value in default.items()}
     if args.out is None:
