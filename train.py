@@ -38,17 +38,21 @@ def minimise(loss, player, optimizer):
     optimizer.step()
 
 
+def choose_target(run, x, logits):
+    """The attack's target for each image: a class other than the predicted one, the closest or any (Section 4)."""
+    predicted, num_classes = logits.argmax(1), logits.shape[1]
+    if run.settings["target"] == "closest":
+        return closest_class(run.f, x, predicted)
+    return (predicted + torch.randint_like(predicted, 1, num_classes)) % num_classes
+
+
 def critic_step(run, x, y):
     """Alternating minimisation of Eqs. 4 and 5 on a batch x (N,1,28,28), y (N,); a dict of detached scalars."""
     f, D, s = run.f, run.D, run.settings
     with torch.no_grad():
         logits = f(x)
     run.confidence.update(logits)
-    label = logits.argmax(1)
-    if s["target"] == "closest":
-        target = closest_class(f, x, label)
-    else:  # any class but the label, all as likely
-        target = (label + torch.randint_like(label, 1, logits.shape[1])) % logits.shape[1]
+    target = choose_target(run, x, logits)
     # The attack is computed once. The critic sees its images, the classifier also differentiates through it.
     x_adv = attack(f, x, target, run.confidence.mean[target], s["attack_steps"], create_graph=True)
     with torch.no_grad():
