@@ -37,13 +37,14 @@ def load_mnist(data_dir=None, mirrors=MIRRORS):
 
     data_dir defaults to $MNIST_DIR, else "data". Returns x_train (60000,1,28,28) float32 in [0,1], y_train (60000,)
     int64, x_test (10000,1,28,28), y_test (10000,). Raises ValueError where a file does not hold exactly the
-    published bytes, FileNotFoundError where one is missing and no mirror has it.
+    published bytes, OSError where one is missing and no mirror has it.
     """
     data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data")
+    if data_dir.exists() and not data_dir.is_dir():
+        raise NotADirectoryError(f"{data_dir} is not a folder: expected that of MNIST's four files")
     raw = [find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors)
            for name, shape, sha256 in FILES]
-    # bytearray, for torch.frombuffer wants a buffer it may write to; the header is 4 bytes and 4 per dimension
-    x_train, y_train, x_test, y_test = [
+    x_train, y_train, x_test, y_test = [  # bytearray, for torch wants a buffer it may write to; the header stays off
         torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
         for content, (_, shape, _) in zip(raw, FILES)]
     return x_train[:, None] / 255, y_train.long(), x_test[:, None] / 255, y_test.long()
@@ -56,33 +57,30 @@ def find(data_dir, name, shape, sha256):
             try:
                 return verify(path.read_bytes(), shape, sha256)
             except ValueError as error:
-                raise ValueError(f"{path} is not MNIST's {name}: {error}.\n"
-                                 "Delete it to have it downloaded again, or put the right file there.") from None
+                raise ValueError(f"{path} is not MNIST's {name}: {error}. Delete it to download it anew") from None
     return None
 
 
 def verify(content, shape, sha256):
     """content, decompressed if it is gzipped. ValueError says how it differs from the published file."""
-    size = 4 + 4 * len(shape) + torch.Size(shape).numel()
+    header, size = 4 + 4 * len(shape), 4 + 4 * len(shape) + math.prod(shape)
     if content[:2] == b"\x1f\x8b":
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
                 content = file.read(size + 1)  # and not more, whatever the archive unpacks to
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"the gzip archive is broken ({error})") from None
-    if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"neither gzip nor IDX, it begins with {content[:12]!r}")
-    if content[3:4] != bytes([len(shape)]):
-        raise ValueError(f"{content[3:4].hex() or 'no'} dimensions, expected {len(shape)}; images and labels swapped?")
-    if len(content) < 4 + 4 * len(shape):
+    if content[:4] != bytes([0, 0, 8, len(shape)]):
+        raise ValueError(f"neither gzip nor IDX of {len(shape)} dimensions, it begins with {content[:12]!r}")
+    if len(content) < header:
         raise ValueError(f"{len(content)} bytes, too short for a header")
-    found = struct.unpack(f">{len(shape)}I", content[4:4 + 4 * len(shape)])
+    found = struct.unpack(f">{len(shape)}I", content[4:header])
     if found != shape:
         raise ValueError(f"shape {found}, expected {shape}")
     if len(content) != size:
         raise ValueError(f"{'more than ' * (len(content) > size)}{min(len(content), size)} bytes, expected {size}")
-    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
-        raise ValueError(f"SHA-256 {digest[:12]}..., expected {sha256[:12]}...")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"its SHA-256 is not {sha256[:12]}...")
     return content
 
 
@@ -91,10 +89,9 @@ def download(data_dir, name, shape, sha256, mirrors):
     failures = []
     for mirror in mirrors:
         try:
-            archive = fetch(f"{mirror}{name}.gz", limit=torch.Size(shape).numel() + 1024)
-            content = verify(archive, shape, sha256)
+            content = verify(archive := fetch(f"{mirror}{name}.gz", math.prod(shape) + 4096), shape, sha256)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            failures.append(f"  {mirror} {error}")
+            failures.append(f"  {mirror}: {error}")
             continue
         data_dir.mkdir(parents=True, exist_ok=True)
         part = data_dir / f"{name}.gz.{os.getpid()}.part"
@@ -106,12 +103,13 @@ def download(data_dir, name, shape, sha256, mirrors):
         return content
     raise FileNotFoundError("\n".join([
         f"MNIST's {name} is not in {data_dir}, and no mirror gave it:", *failures,
-        f"Put the four files of MNIST, gzipped or not, into {data_dir}: {', '.join(name for name, _, _ in FILES)};",
-        "or name their folder with --data-dir or $MNIST_DIR. Without them, --data strokes runs on drawn digits."]))
+        f"Put the four files into {data_dir}, gzipped or not, or name their folder with --data-dir or $MNIST_DIR:",
+        f"  {', '.join(name for name, _, _ in FILES)}",
+        "Or run without MNIST, on drawn digits: --data strokes"]))
 
 
 def fetch(url, limit):
-    """The bytes behind url, with a progress figure on a terminal. OSError, HTTPException or ValueError say why not."""
+    """The bytes behind url, limit at most, with a progress figure on a terminal. OSError, HTTPException, ValueError."""
     with urllib.request.urlopen(url, timeout=10) as response:
         length, content = int(response.headers.get("Content-Length") or 0), bytearray()
         while block := response.read(1 << 16):
@@ -121,9 +119,7 @@ def fetch(url, limit):
             if length > 1 << 20 and sys.stderr.isatty():
                 print(f"\r{url} {len(content) / length:4.0%}", end="" if len(content) < length else "\n",
                       file=sys.stderr, flush=True)
-    if len(content) < length:
-        raise ValueError(f"closed after {len(content)} of {length} bytes")
-    return bytes(content)
+    return bytes(content)  # if it was cut short, its checksum will not fit
 
 
 # --- Stroke digits ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Prints a table with a row for each defense and network, mean and standard deviat
 in the seed. The attacks are plain functions of a classifier f, images x and labels y, to be used on any classifier.
 """
 import argparse
-import statistics
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ import data
 from advcritic import attack, boundaries, closest_class, lenet, mlp
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
+DATA = ("mnist", "strokes")
 
 
 # --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
@@ -103,20 +103,21 @@ def measure(f, x, y, attack, label=None):
     reached  share of the images that f gets right, whose attacked image f is at least as sure of as of the clean one
     seconds  wall-clock time of the attack
     """
-    start, parts = time.perf_counter(), []
-    chunk = len(x) if x.is_cuda else 250
+    start, parts, chunk = time.perf_counter(), [], 2000 if x.is_cuda else 250
     for some in torch.arange(len(x), device=x.device).split(chunk):
         if label and sys.stderr.isatty():
             print(f"\r{label} {some[0]}/{len(x)}\033[K", end="", file=sys.stderr, flush=True)
         parts.append(attack(f, x[some], y[some]))
     x_adv = torch.cat(parts)
-    fooled = torch.cat([f(part).argmax(1) for part in x_adv.split(1000)]) != y
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
     seconds = time.perf_counter() - start
-    ratio = rho(x, x_adv)
+    black, ratio = x.flatten(1).norm(dim=1) == 0, rho(x, x_adv)
     sure, predicted = torch.cat([f(part).softmax(1) for part in x.split(1000)]).max(1)
-    sure_adv = torch.cat([f(part).softmax(1) for part in x_adv.split(1000)]).amax(1)
-    return dict(rho=ratio[fooled & ~ratio.isnan()].mean().item(), failed=(~fooled).sum().item(),
-                black=ratio.isnan().sum().item(), seconds=seconds,
+    sure_adv, predicted_adv = torch.cat([f(part).softmax(1) for part in x_adv.split(1000)]).max(1)
+    fooled = (predicted_adv != y) & x_adv.flatten(1).isfinite().all(1)
+    return dict(rho=ratio[fooled & ~black].mean().item(), failed=(~fooled).sum().item(), black=black.sum().item(),
+                seconds=seconds,
                 reached=(fooled & (sure_adv >= sure))[predicted == y].float().mean().item())
 
 
@@ -129,8 +130,10 @@ def read_checkpoint(path):
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign pickle; it is refused anyway
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        arch = checkpoint["settings"]["arch"]
-        NETWORKS[arch]().load_state_dict(checkpoint["f"])
+        settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
+        NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
+        if settings["data"] not in DATA:
+            raise ValueError(f"unknown data {settings['data']!r}")
     except OSError:
         raise
     except Exception as error:  # a broken file can raise anything, from the unpickler to load_state_dict
@@ -143,20 +146,24 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The classifier of a checkpoint of train.py, full or weights-only, and its settings: f (in eval mode), dict.
-    OSError where the file cannot be read, ValueError where it is no such checkpoint."""
+    """The classifier of a checkpoint of train.py, full or weights-only, and its settings: f (in eval mode), dict, with
+    "interrupted_after" its last epoch where the run did not come to its end. OSError where the file cannot be read,
+    ValueError where it is no such checkpoint."""
     checkpoint = read_checkpoint(path)
     f = NETWORKS[checkpoint["settings"]["arch"]]()
     f.load_state_dict(checkpoint["f"])
-    return f.to(device).eval(), checkpoint["settings"]
+    info, log = dict(checkpoint["settings"]), checkpoint.get("log")
+    if log and log[-1]["epoch"] < info["epochs"]:
+        info["interrupted_after"] = log[-1]["epoch"]
+    return f.to(device).eval(), info
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
 
 def spread(values, digits):
     """'mean' of one value, 'mean ± standard deviation' of several."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    values = torch.tensor(values, dtype=torch.float64)
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def print_columns(rows):
@@ -171,18 +178,22 @@ def print_table(results, attacks):
     """A row for each group of results, (settings, dict of figures), whose settings differ only in the seed."""
     groups = {}
     for settings, figures in results:
-        groups.setdefault(str({**settings, "seed": None}), []).append((settings, figures))
+        key = str(sorted((name, value) for name, value in settings.items() if name != "seed"))
+        groups.setdefault(key, []).append((settings, figures))
     names = ["arch", "defense", "epochs"]  # and whatever else tells the groups apart
-    all_settings = [settings for settings, _ in results]
-    names += [name for name in all_settings[0] if name not in [*names, "seed"]
-              and len({str(settings.get(name)) for settings in all_settings if name in settings}) > 1]
+    values = {}
+    for settings, _ in results:
+        for name, value in settings.items():
+            values.setdefault(name, set()).add(value)
+    names += [name for name in values if name not in [*names, "seed"]
+              and (len(values[name]) > 1 or name == "interrupted_after")]
     header = [*names, "seeds", "test error %"]
     for name in attacks:
         header += [f"rho {name}", "failed"] + ["reached %"] * (name == "own") + ["seconds"]
     rows = [header]
     for group in groups.values():
         settings, figures = group[0][0], [figures for _, figures in group]
-        row = [*(str(settings.get(name, "")) for name in names), str(len(group)),
+        row = [*(str(settings.get(name, "")) for name in names), str(len({settings["seed"] for settings, _ in group})),
                spread([100 * figure["test_error"] for figure in figures], 2)]
         for name in attacks:
             of = {key: [figure[name][key] for figure in figures] for key in figures[0][name]}
@@ -200,7 +211,8 @@ def number(kind, low, high=float("inf")):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: expected at least {low}" + f", at most {high}" * (high < 1e9))
+            limit = f" and at most {high}" * (high < float("inf"))
+            raise argparse.ArgumentTypeError(f"{text}: expected at least {low}{limit}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
     return parse
@@ -209,13 +221,16 @@ def number(kind, low, high=float("inf")):
 def device_flag(text):
     """An argparse type: a device of this machine."""
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # unknown, not there, or a torch built without it
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).split('.')[0].splitlines()[0]}") from None
+        device = torch.device(text)
+        if device.type in ("cpu", "cuda"):
+            return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # unknown, not there, or a torch built without it
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: expected cpu{', cuda or cuda:N' * torch.cuda.is_available()}")
 
 
 def add_data_flags(parser, default):
-    parser.add_argument("--data", choices=["mnist", "strokes"], default=default,
+    parser.add_argument("--data", choices=DATA, default=default,
                         help="MNIST, or drawn digits that need no download")
     parser.add_argument("--data-dir", help="folder of MNIST's four files (default $MNIST_DIR, else data)")
     parser.add_argument("--device", type=device_flag, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -254,20 +269,24 @@ def main(argv=None):
     some = torch.randperm(10000, generator=torch.Generator().manual_seed(0))[:n].to(args.device)
 
     results = []
-    for path, (f, settings) in zip(args.checkpoints, loaded):
-        figures = {"test_error": error_rate(f, x, y)}
-        for name in args.attacks:
-            figures[name] = measure(f, x[some], y[some], ATTACKS[name], f"{path} {name}")
-        results.append((settings, figures))
+    try:
+        for path, (f, settings) in zip(args.checkpoints, loaded):
+            figures = {"test_error": error_rate(f, x, y)}
+            for name in args.attacks:
+                figures[name] = measure(f, x[some], y[some], ATTACKS[name], f"{path} {name}")
+            results.append((settings, figures))
+    except KeyboardInterrupt:
+        print(f"\nInterrupted after {len(results)} of {len(loaded)} checkpoints.", file=sys.stderr)
+        if not results:
+            return 130
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print_table(results, args.attacks)
     black = max((figures[name]["black"] for _, figures in results for name in args.attacks), default=0)
-    print(f"rho: mean of |x_adv - x| / |x| over {n} of {source}'s test images"
-          f"{f' but {black} black ones' if black else ''}, 0 where the clean image is misclassified already, failed "
-          "ones left out\nand counted. reached: the share that the paper's attack brought to the clean image's "
-          "confidence.")
-    return 0
+    print(f"rho: mean of |x_adv - x| / |x| over {n} of {source}'s test images, 0 where f is wrong on the clean image\n"
+          f"failed (over all seeds): not fooled, left out of the mean{f' like {black} black ones' if black else ''}\n"
+          "reached: share that the paper's attack brought to the confidence of the clean image")
+    return 0 if len(results) == len(loaded) else 130
 
 
 if __name__ == "__main__":

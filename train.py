@@ -127,8 +127,9 @@ def save(run, path):
     """The one place where a run is written: its checkpoint, and its log beside it."""
     checkpoint = {name: part if name in ("settings", "log") else part.state_dict() for name, part in vars(run).items()}
     checkpoint["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        checkpoint["random_cuda"] = torch.cuda.get_rng_state_all()
+    device = next(run.f.parameters()).device
+    if device.type == "cuda":
+        checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
     content = io.BytesIO()
     torch.save(checkpoint, content)
     replace(path, content.getbuffer())
@@ -155,7 +156,8 @@ def replace(path, content):
 
 
 def restore(run, path):
-    """Continues run from a checkpoint. ValueError where it is of another run, OSError where it is not there."""
+    """Puts run where a checkpoint left it and returns its last epoch. ValueError where the checkpoint is of another
+    run or of weights alone, OSError where it is not there."""
     checkpoint = read_checkpoint(path)
     if other := {name: (checkpoint["settings"].get(name), run.settings.get(name))
                  for name in {**checkpoint["settings"], **run.settings}
@@ -168,10 +170,13 @@ def restore(run, path):
                 part.load_state_dict(checkpoint[name])
         run.log = checkpoint["log"]
         torch.set_rng_state(checkpoint["random"])
-        if torch.cuda.is_available() and "random_cuda" in checkpoint:
-            torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be resumed, it is not the whole state of a run ({error})") from None
+        device = next(run.f.parameters()).device
+        if device.type == "cuda" and "random_cuda" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["random_cuda"], device)
+        return run.log[-1]["epoch"]
+    except Exception as error:  # whatever a part of it makes of what is not its state
+        raise ValueError(f"{path} is not the whole state of a run, it cannot be resumed ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0][:120]})") from None
 
 
 # --- The loop -----------------------------------------------------------------------------------------------------
@@ -194,10 +199,11 @@ def train_epoch(step, run, x, y, epoch, announce=0):
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
         if announce and i in (5, 20):
             if x.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(x.device)
             times.append(time.perf_counter())
             if i == 20:
                 seconds = (times[1] - times[0]) / 15
+                clear_line()
                 print(f"      {1000 * seconds:.0f} ms a step, so the {announce} epochs to go will take about "
                       f"{clock(seconds * len(order) * announce)} (hours:minutes:seconds)", flush=True)
         if sys.stderr.isatty():
@@ -206,9 +212,15 @@ def train_epoch(step, run, x, y, epoch, announce=0):
     bad = (~rows.isfinite()).any(1)
     if bad.any():
         raise NotFinite(f"the loss is not finite from step {bad.int().argmax().item() + 1} of epoch {epoch} on")
-    if not all(weight.isfinite().all() for weight in run.f.parameters()):
+    if not all(weight.isfinite().all() for net in (run.f, getattr(run, "D", run.f)) for weight in net.parameters()):
         raise NotFinite(f"a weight is not finite after the last step of epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
+
+
+def clear_line():
+    """Takes the step counter off the terminal."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds):
@@ -229,26 +241,27 @@ def train(run, path, x, y, x_val, y_val):
         set_learning_rates(run, epoch)
         row = train_epoch(step, run, x, y, epoch, announce=epochs - epoch + 1 if epoch == max(begin, 1) else 0)
         row["val_error"] = error_rate(run.f, x_val, y_val)
-        row["rho"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
+        robustness = measure(run.f, x_val[:100], y_val[:100], deepfool)
+        row["rho"] = robustness["rho"]
         seconds = time.perf_counter() - began
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
         save(run, path)
         left = clock(seconds * (epochs - epoch)) if epoch else ""
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        clear_line()
         cells = " ".join(f"{form.format(row[name]) if name in row else '':>9}" for name, form in COLUMNS.items())
-        print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}", flush=True)
+        unbeaten = f"  without {robustness['failed']} images that were not fooled" if robustness["failed"] else ""
+        print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}{unbeaten}", flush=True)
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=list(NETWORKS), default="lenet")
+    parser.add_argument("--arch", choices=list(NETWORKS), default="lenet", help="default lenet")
     parser.add_argument("--defense", choices=["critic", *BASELINES], default="critic", help="default critic")
     parser.add_argument("--epochs", type=number(int, 1), help="default 100; the critic's epoch of pretraining is extra")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, batches, noise and targets")
-    parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="train on the first N, default 50000")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, batches, noise, targets")
+    parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="their number, default 50000")
     add_data_flags(parser, default="mnist")
     parser.add_argument("--out", type=Path, metavar="FILE.pt",
                         help="default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt; the log is FILE.csv beside it")
@@ -297,16 +310,19 @@ def main(argv=None):
     try:
         run = start(settings, args.device)
         if args.resume:
-            restore(run, args.out)
+            last = restore(run, args.out)
             save_log(run, args.out)
-            if run.log[-1]["epoch"] == settings["epochs"]:
+            if last == settings["epochs"]:
                 print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
                 return 0
         else:
             for path in (args.out, args.out.with_suffix(".csv")):
                 if path.exists():
-                    raise ValueError(f"{path} is there already: --resume continues it, --out names another file")
+                    raise ValueError(f"{path} is there already and would be overwritten: --resume continues a "
+                                     "checkpoint, --out names another")
             args.out.parent.mkdir(parents=True, exist_ok=True)
+            replace(args.out, b"")  # whether it can be written is known now, not after the first epoch
+            args.out.unlink()
         sets = load(args.data, args.data_dir, settings["train_images"], args.device)
         print(f"torch {torch.__version__} on {args.device} "
               + (torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else
