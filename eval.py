@@ -124,7 +124,7 @@ def measure(f, x, y, attack, label=None):
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """The dict in a checkpoint of train.py, on the CPU, with its settings and the weights of a finite f at least.
+    """The dict in a checkpoint of train.py, on the CPU, with its settings and the weights of f at least, all finite.
     Runs no code from the file. OSError where it cannot be read, ValueError where it is no such checkpoint."""
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -140,9 +140,17 @@ def read_checkpoint(path):
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path} is not a checkpoint of train.py, or a broken one ({type(error).__name__}: {reason})"
                          ) from None
-    if not all(weight.isfinite().all() for weight in checkpoint["f"].values()):
-        raise ValueError(f"{path} holds weights that are not finite")
+    if not all(tensor.isfinite().all() for tensor in tensors(checkpoint)):
+        raise ValueError(f"{path} holds numbers that are not finite")
     return checkpoint
+
+
+def tensors(value):
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def load_checkpoint(path, device="cpu"):
