@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 import warnings
+import zipfile
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's only complaint where numpy is not
 
@@ -127,9 +128,10 @@ def read_checkpoint(path):
     """The dict in a checkpoint of train.py, on the CPU, with its settings and the weights of f at least, all finite.
     Runs no code from the file. OSError where it cannot be read, ValueError where it is no such checkpoint."""
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle; it is refused anyway
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
         NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
         if settings["data"] not in DATA:
