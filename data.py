@@ -42,12 +42,12 @@ def load_mnist(data_dir=None, mirrors=MIRRORS):
     data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data")
     if data_dir.exists() and not data_dir.is_dir():
         raise NotADirectoryError(f"{data_dir} is not a folder: expected that of MNIST's four files")
-    raw = [find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors)
-           for name, shape, sha256 in FILES]
-    x_train, y_train, x_test, y_test = [  # bytearray, for torch wants a buffer it may write to; the header stays off
-        torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
-        for content, (_, shape, _) in zip(raw, FILES)]
-    return x_train[:, None] / 255, y_train.long(), x_test[:, None] / 255, y_test.long()
+    tensors = []
+    for name, shape, sha256 in FILES:
+        content = find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
+        tensors.append(values[:, None] / 255 if len(shape) == 3 else values.long())
+    return tuple(tensors)
 
 
 def find(data_dir, name, shape, sha256):

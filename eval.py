@@ -90,7 +90,7 @@ ATTACKS = {"deepfool": deepfool, "own": own}
 @torch.no_grad()
 def error_rate(f, x, y):
     """The share of the images x that f does not classify as y, a float in [0,1]."""
-    wrong = sum((f(part).argmax(1) != label).sum() for part, label in zip(x.split(1000), y.split(1000)))
+    wrong = sum((f(part).argmax(1) != label).sum() for part, label in zip(x.split(500), y.split(500)))
     return wrong.item() / len(x)
 
 
@@ -114,8 +114,8 @@ def measure(f, x, y, attack, label=None):
         torch.cuda.synchronize(x.device)
     seconds = time.perf_counter() - start
     black, ratio = x.flatten(1).norm(dim=1) == 0, rho(x, x_adv)
-    sure, predicted = torch.cat([f(part).softmax(1) for part in x.split(1000)]).max(1)
-    sure_adv, predicted_adv = torch.cat([f(part).softmax(1) for part in x_adv.split(1000)]).max(1)
+    sure, predicted = torch.cat([f(part).softmax(1) for part in x.split(500)]).max(1)
+    sure_adv, predicted_adv = torch.cat([f(part).softmax(1) for part in x_adv.split(500)]).max(1)
     fooled = (predicted_adv != y) & x_adv.flatten(1).isfinite().all(1)
     return dict(rho=ratio[fooled & ~black].mean().item(), failed=(~fooled).sum().item(), black=black.sum().item(),
                 seconds=seconds,
