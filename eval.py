@@ -240,6 +240,7 @@ def device_flag(text):
 
 
 def add_data_flags(parser, default):
+    """--data, --data-dir and --device, as train.py has them too."""
     parser.add_argument("--data", choices=DATA, default=default,
                         help="MNIST, or drawn digits that need no download")
     parser.add_argument("--data-dir", help="folder of MNIST's four files (default $MNIST_DIR, else data)")
@@ -256,6 +257,7 @@ def attack_names(text):
 
 
 def main(argv=None):
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files that train.py wrote")
     parser.add_argument("--n", type=number(int, 1, 10000),

@@ -119,6 +119,7 @@ def learning_rate_factor(defense, epoch, epochs):
 
 
 def set_learning_rates(run, epoch):
+    """Sets those of run's optimisers for an epoch."""
     factor = learning_rate_factor(run.settings["defense"], epoch, run.settings["epochs"])
     for adam in (getattr(run, name) for name in ("adam_f", "adam_D") if hasattr(run, name)):
         for group in adam.param_groups:
@@ -260,6 +261,7 @@ def train(run, path, x, y, x_val, y_val):
 # --- Command line -------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
+    """The command line as argparse has it, and the settings of the run, a dict that its checkpoint keeps."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=list(NETWORKS), default="lenet", help="default lenet")
     parser.add_argument("--defense", choices=["critic", *BASELINES], default="critic", help="default critic")
@@ -308,6 +310,7 @@ def load(source, data_dir, train_images, device):
 
 
 def main(argv=None):
+    """The command line; returns the exit status."""
     args, settings = parse_flags(argv)
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
