@@ -33,6 +33,7 @@ from advcritic import (GaussianNoise, RunningConfidence, attack, classifier_loss
                        gradient_penalty, lenet, mlp)
 
 HERE = Path(__file__).parent
+IN_BOX = dict(steps=500, overshoot=0.02, max_step=0.1, box=(0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +74,8 @@ def pick(logits, k):
     return logits[torch.arange(len(k)), k]
 
 
-def check_gradient(function, surrogate, net):
-    """The gradient of function() with respect to net's weights is surrogate()'s, by central differences."""
-    weights = list(net.parameters())
+def check_gradient(function, surrogate, weights):
+    """The gradient of function() with respect to weights is surrogate()'s, by central differences."""
     grads = torch.autograd.grad(function(), weights, allow_unused=True)
     direction, values = [torch.randn_like(weight) for weight in weights], []
     for h in (1e-6, -2e-6):  # to one side, and from there to the other
@@ -93,7 +93,7 @@ def test_critic_is_that_of_figure_3():
     assert [layer.std for layer in D if isinstance(layer, GaussianNoise)] == [0.1, 0.5, 0.5]
     assert [layer.negative_slope for layer in D if isinstance(layer, nn.LeakyReLU)] == [0.2, 0.2]
     assert not torch.equal(D(x), D(x)) and torch.equal(D.eval()(x), D(x))  # the noise is on in training, and only there
-    assert (GaussianNoise(0.5)(torch.full((200_000,), 3.0)) - 3).std().item() == pytest.approx(0.5, rel=0.02)
+    assert GaussianNoise(0.5)(torch.zeros(200_000)).std().item() == pytest.approx(0.5, rel=0.02)
 
 
 def test_gradient_penalty():
@@ -102,10 +102,7 @@ def test_gradient_penalty():
     assert gradient_penalty(x.flatten(1) @ w, x).item() == pytest.approx((5 - 1) ** 2)
     assert gradient_penalty((x * 0).sum((1, 2, 3)), x).item() == pytest.approx(1, rel=1e-5)  # no NaN at a zero gradient
     D, y = smooth(), torch.tensor([0, 1, 2, 3, 0])
-
-    def penalty():
-        return gradient_penalty(pick(D(x), y), x)
-    check_gradient(penalty, penalty, D)
+    check_gradient(*[lambda: gradient_penalty(pick(D(x), y), x)] * 2, list(D.parameters()))
 
 
 def test_critic_loss_by_hand():
@@ -208,28 +205,17 @@ def walk(f, x, target, C, frozen=None):
     return x + 1.05 * r, trace
 
 
-def test_gradient_of_the_attack_with_respect_to_the_weights():
+def test_gradient_of_the_attack_with_respect_to_weights_and_confidence():
     f, x, C = smooth(), images(12), torch.linspace(0.4, 0.95, 12).double()
     target, v = closest_class(f, x, f(x).argmax(1)), torch.randn_like(x)
     C[::3] = 1.0  # never reached
+    C.requires_grad_()
     x_adv, trace = walk(f, x, target, C)
     assert torch.stack([below for _, _, below in trace]).prod(0).unique().numel() == 2  # some reach C, some do not
     for create_graph in (False, True):
         found = attack(f, x, target, C, steps=4, create_graph=create_graph)
         assert torch.allclose(found, x_adv, rtol=0, atol=1e-12) and found.requires_grad == create_graph
-    check_gradient(lambda: (found * v).sum(), lambda: (walk(f, x, target, C, trace)[0] * v).sum(), f)
-
-
-def test_gradient_of_the_attack_with_respect_to_the_confidence():
-    """One step from p < C is r = (1e-4 + (log C - l)/n) w/n times an indicator of derivative sigmoid'(C - p)."""
-    f, x = smooth(), images(4).requires_grad_()
-    target, C = closest_class(f, x, f(x).argmax(1)), torch.full((4,), 0.99).double().requires_grad_()
-    r = (attack(f, x, target, C, steps=1, create_graph=True) - x.detach()).flatten(1)
-    grad, = torch.autograd.grad(r.square().sum(), C)
-    log_p = pick(f(x).log_softmax(1), target)
-    w, = torch.autograd.grad(log_p.sum(), x)
-    s, length = torch.sigmoid(C - log_p.exp()), r.norm(dim=1)
-    assert torch.allclose(grad, 2 * length * (1.05 / (C * w.flatten(1).norm(dim=1)) + s * (1 - s) * length), rtol=1e-4)
+    check_gradient(lambda: (found * v).sum(), lambda: (walk(f, x, target, C, trace)[0] * v).sum(), [*f.parameters(), C])
 
 
 def test_the_indicator_carries_gradient():
@@ -240,12 +226,12 @@ def test_the_indicator_carries_gradient():
 
 
 def test_attack_in_the_box():
-    f, x, in_box = convolutional(), images(30).round(), dict(overshoot=0.02, max_step=0.1, box=(0, 1))
+    f, x = convolutional(), images(30).round()
     target = closest_class(f, x, f(x).argmax(1))
-    x_adv = attack(f, x, target, 0.6, steps=500, **in_box)
+    x_adv = attack(f, x, target, 0.6, **IN_BOX)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     assert (f(x_adv).argmax(1) == target).all() and (pick(f(x_adv).softmax(1), target) >= 0.6).all()
-    low = attack(f, x, target, 0.01, steps=500, **in_box)  # reached at once, yet it goes on until it is the class
+    low = attack(f, x, target, 0.01, **IN_BOX)  # reached at once, yet it goes on until it is the class
     assert (f(low).argmax(1) == target).all()
 
 
@@ -264,7 +250,6 @@ def test_running_confidence_by_hand():
     assert confidence.mean.tolist() == pytest.approx([0.5 + 0.5 * 0.7, 0.5 + 0.5 * 0.5, 1])
     confidence.update(probability[:1].log())
     assert confidence.mean.tolist() == pytest.approx([0.5 * 0.85 + 0.5 * 0.8, 0.75, 1])
-    assert not confidence.mean.requires_grad and "mean" in confidence.state_dict()
 
 
 # --- Section 5: networks, schedule, evaluation --------------------------------------------------------------------
@@ -277,13 +262,45 @@ def test_networks():
             assert layer.bias.abs().max() == 0
 
 
+def test_at_and_margin_on_a_linear_model():
+    f, x, y = linear(K=2), images(6), torch.tensor([0, 1, 0, 1, 1, 0])
+    W = f[1].weight
+    x_adv = x + 0.1 * (W[1 - y] - W[y]).sign().view_as(x)  # the sign of grad NLL = (1 - p_y)(W_k - W_y)
+    assert train.at(f, x, y).item() == pytest.approx((F.cross_entropy(f(x), y) + F.cross_entropy(f(x_adv), y)).item())
+    f = linear()
+    W, z = f[1].weight, f(x)
+    loss = sum(max(0, 1 - z[i, y[i]] + max(z[i, k] for k in range(5) if k != y[i]))
+               + 0.1 * max((W[y[i]] - W[k]).square().sum() for k in range(5)) for i in range(6)) / 6
+    assert train.margin(f, x, y).item() == pytest.approx(loss.item())
+
+
+def test_vat_is_one_power_iteration():
+    """KL(p(x) || p(x + d)) of a linear model is d^T H d / 2 + O(d^3), H = W^T (diag p - p p^T) W."""
+    f, x, y = linear(), images(6), torch.arange(6) % 5
+    W, p, state = f[1].weight, f(x).softmax(1), torch.get_rng_state()
+    loss = train.vat(f, x, y, xi=1e-4)
+    torch.set_rng_state(state)
+    z = torch.randn_like(x).flatten(1) @ W.T
+    r = 2 * train.unit((z * p - p * (z * p).sum(1, keepdim=True)) @ W).view_as(x)
+    kl = (p * (p.log() - f(x + r).log_softmax(1))).sum(1).mean()
+    assert loss.item() == pytest.approx((F.cross_entropy(f(x), y) + kl).item(), rel=1e-4)
+
+
+def test_pgd_stays_in_the_ball_and_the_box_and_hurts():
+    f, x, y, seen = convolutional(), images(6), torch.arange(6) % 5, []
+    loss = train.pgd(lambda x: (seen.append(x), f(x))[1], x, y)
+    assert len(seen) == 11 and all(x_i.min() >= 0 and x_i.max() <= 1 for x_i in seen)
+    length = torch.stack([(x_i - x).flatten(1).norm(dim=1) for x_i in seen]).detach()
+    assert length.max() <= 2 + 1e-9 and length[-1].min() > 1 and loss > 2 * F.cross_entropy(f(x), y)
+
+
 def test_learning_rates():
-    factor = [train.learning_rate_factor("critic", epoch, 100) for epoch in (0, 1, 40, 41, 80, 81, 100)]
-    assert factor == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
-    assert [train.learning_rate_factor("reference", epoch, 100) for epoch in (1, 2, 3)] == [1, 0.95, 0.95 ** 2]
-    train.set_learning_rates(run := train.start(train.parse_flags([])[1], "cpu"), 50)
-    assert [adam.param_groups[0]["lr"] for adam in (run.adam_f, run.adam_D)] == [2.5e-4, 5e-4]
-    assert run.adam_f.defaults["betas"] == run.adam_D.defaults["betas"] == (0.5, 0.999)
+    run, baseline = (train.start(train.parse_flags(["--defense", name])[1], "cpu") for name in ("critic", "reference"))
+    for epoch, part in ((0, 1), (40, 1), (41, 0.5), (80, 0.5), (81, 0.25), (100, 0.25)):
+        train.set_learning_rates(run, epoch)
+        assert [adam.param_groups[0]["lr"] for adam in (run.adam_f, run.adam_D)] == [5e-4 * part, 1e-3 * part]
+    train.set_learning_rates(baseline, 3)
+    assert baseline.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** 2)
 
 
 def test_deepfool_on_a_linear_model():
@@ -322,7 +339,7 @@ def to_closest(f, x, y, **how):
     return attack(f, x, closest_class(f, x, y), 0.9, **how)
 
 
-in_box = functools.partial(to_closest, steps=200, overshoot=0.02, max_step=0.1, box=(0, 1))
+in_box = functools.partial(to_closest, **IN_BOX)
 every_attack = pytest.mark.parametrize("method", [to_closest, in_box, evaluation.deepfool, evaluation.own])
 
 
@@ -358,10 +375,9 @@ def test_no_side_effects_and_no_need_of_gradients(method, device):
 @pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="MNIST_DIR is not set to the folder of MNIST's four files")
 def test_mnist_is_mnist():
     x_train, y_train, x_test, y_test = data.load_mnist()
-    assert x_train.shape == (60000, 1, 28, 28) and x_test.shape == (10000, 1, 28, 28) and len(y_train) == 60000
-    assert x_train.dtype == torch.float32 and y_train.dtype == torch.int64
+    assert x_train.shape == (60000, 1, 28, 28) and x_test.shape == (10000, 1, 28, 28) and y_train.dtype == torch.int64
     assert x_train.min() == 0 and x_train.max() == 1 and x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
-    assert y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and y_test[:5].tolist() == [7, 2, 1, 0, 4]
+    assert y_train[:9].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1] and y_test[:5].tolist() == [7, 2, 1, 0, 4]
 
 
 def idx(values):
@@ -395,7 +411,6 @@ BROKEN = {
     "lengthened": (lambda c: c + b"x", "more than"),
     "one bit flipped": (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "SHA-256"),
     "empty": (lambda c: b"", "neither gzip nor IDX"),
-    "header truncated": (lambda c: c[:9], "too short for a header"),
     "html": (lambda c: b"<!DOCTYPE html><html>Not found</html>", "neither gzip nor IDX"),
     "gzip truncated": (lambda c: gzip.compress(c)[:-9], "archive is broken"),
     "labels for images": (lambda c: idx(torch.arange(6)), "neither gzip nor IDX of 3 dimensions"),
@@ -411,10 +426,9 @@ def test_broken_files_are_refused_by_name(small, tmp_path, how):
         data.load_mnist(tmp_path, mirrors=())
 
 
-def test_download(small, tmp_path):
-    files, tensors = small
-    name, archive = "train-images-idx3-ubyte", gzip.compress(small[0]["train-images-idx3-ubyte"])
-    pages = {"cut": archive[:-9], "html": b"<html>log in</html>", "long": bytes(5000), "other": gzip.compress(b"")}
+def test_download(small, tmp_path, monkeypatch, capsys):
+    (files, tensors), name = small, "train-images-idx3-ubyte"
+    pages = {"cut": gzip.compress(files[name])[:-9], "html": b"<html>log in</html>", "long": bytes(5000)}
     for kind, content in pages.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{name}.gz").write_bytes(content)
@@ -422,11 +436,12 @@ def test_download(small, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         bad = [f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in ("missing", *pages)]
-        with pytest.raises(FileNotFoundError) as error:
-            data.load_mnist(tmp_path / "new", mirrors=bad)
-        for reason in ("404", "archive is broken", "neither gzip nor IDX", "more than", "--data strokes", *bad):
-            assert reason in str(error.value)
-        assert len(str(error.value).splitlines()) <= 10 and not (tmp_path / "new").exists()
+        monkeypatch.setattr(data.load_mnist, "__defaults__", (None, bad))
+        assert train.main(["--data-dir", str(tmp_path / "new"), "--out", str(tmp_path / "run.pt")]) == 2
+        error = capsys.readouterr().err.split("train.py: error")[1]
+        for part in ("new", "404", "archive is broken", "neither gzip nor IDX", "more than", "--data strokes", *bad):
+            assert part in error
+        assert len(error.splitlines()) <= 10 and not (tmp_path / "new").exists()
         for name, content in files.items():
             (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
         x_train, *_ = data.load_mnist(tmp_path / "new", mirrors=[*bad, bad[0].replace("missing/", "")])
@@ -436,12 +451,10 @@ def test_download(small, tmp_path):
 
 
 def test_stroke_digits():
-    (x, y), again, (x_other, y_other) = (data.stroke_digits(300, seed) for seed in (3, 3, 4))
-    assert x.shape == (300, 1, 28, 28) and x.dtype == torch.float32 and y.dtype == torch.int64
-    assert x.min() == 0 and x.max() == 1 and y.unique().tolist() == list(range(10))
+    (x, y), again, (x_other, _) = (data.stroke_digits(300, seed) for seed in (3, 3, 4))
+    assert x.shape == (300, 1, 28, 28) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
+    assert y.dtype == torch.int64 and y.unique().tolist() == list(range(10))
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, x_other)
-    means = torch.stack([x[y == k].mean(0).flatten() for k in range(10)])  # the nearest class mean tells most apart
-    assert (torch.cdist(x_other.flatten(1), means).argmin(1) == y_other).float().mean() > 0.7
 
 
 # --- Checkpoints and the scripts, as a user runs them -------------------------------------------------------------
@@ -502,7 +515,6 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
         return real(run, x, y)
     monkeypatch.setattr(train, "critic_step", interrupted)
     assert train.main([*flags, "--out", "parts.pt"]) == 130 and "--resume" in capsys.readouterr().err
-    assert [row["epoch"] for row in log_of("parts.csv")] == ["0", "1"]
     os.remove("parts.csv")  # the log is the checkpoint's: it comes back
     assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0
     whole, parts = (leaves(torch.load(name, weights_only=True)) for name in ("whole.pt", "parts.pt"))
@@ -523,16 +535,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "step 1 of epoch 2" in error and "nan.pt keeps the last good epoch" in error
     assert [row["epoch"] for row in log_of("nan.csv")] == ["1"] and evaluation.load_checkpoint("nan.pt")
-
-
-def test_no_data_and_no_network(scripts, monkeypatch, capsys):
-    def unreachable(url, limit):
-        raise OSError("no route")
-    monkeypatch.setattr(data, "fetch", unreachable)
-    assert train.main(["--data-dir", "nowhere"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) <= 10 and error.count("no route") == 2 and not Path("nowhere").exists()
-    assert all(part in error for part in ("nowhere", "--data strokes", *data.MIRRORS))
 
 
 @pytest.mark.parametrize("command", [
@@ -580,8 +582,6 @@ BAD_CHECKPOINTS = {
 def test_bad_checkpoints_are_refused_by_name(scripts, capsys, kind):
     path = scripts / "bad.pt"
     BAD_CHECKPOINTS[kind](path)
-    with pytest.raises(FileNotFoundError if kind == "missing" else ValueError, match="bad.pt"):
-        evaluation.load_checkpoint(path)
     assert evaluation.main([str(path)]) == 2
     assert train.main(["--out", str(path), "--resume", *TINY]) == 2
     error = capsys.readouterr().err

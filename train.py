@@ -8,6 +8,7 @@ Prints a line per epoch and, last, the command that measures the network on the 
 """
 import argparse
 import csv
+import datetime
 import io
 import math
 import os
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from advcritic import RunningConfidence, attack, classifier_loss, closest_class, critic, critic_loss
+from advcritic import RunningConfidence, attack, boundaries, classifier_loss, closest_class, critic, critic_loss
 from eval import NETWORKS, add_data_flags, deepfool, error_rate, measure, number, read_checkpoint
 
 BATCH = 100
@@ -81,19 +82,71 @@ def pretrain_step(run, x, y):
 
 # --- The other rows of Table 1: losses of f on a batch x (N,1,28,28), y (N,) --------------------------------------
 
+def unit(v):
+    """v (N,...) divided by its l2 length, image by image."""
+    return v / v.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (v.dim() - 1))
+
+
 def reference(f, x, y):
-    """No defense: the negative log-likelihood."""
+    """No defense: the negative log-likelihood (NLL)."""
     return F.cross_entropy(f(x), y)
 
 
-BASELINES = {"reference": reference}
+def at(f, x, y, eps=0.1):
+    """Adversarial training (Goodfellow, Shlens and Szegedy 2015): NLL(x) + NLL(x + eps sign grad_x NLL(x)).
+    The perturbation is a constant for the gradient."""
+    x = x.detach().requires_grad_()
+    nll = F.cross_entropy(f(x), y)
+    grad, = torch.autograd.grad(nll, x, retain_graph=True)
+    return nll + F.cross_entropy(f(x.detach() + eps * grad.sign()), y)
+
+
+def vat(f, x, y, eps=2.0, xi=1e-2):
+    """Virtual adversarial training (Miyato et al. 2015): NLL(x) + KL(p(x) || p(x + r)), r of l2 length eps along one
+    power iteration from a random direction. p(x) and r are constants for the gradient. The iteration's step xi is
+    larger than the reference's 1e-6, which float32 loses."""
+    logits = f(x)
+    log_p = logits.detach().log_softmax(1)
+
+    def divergence(x):
+        return F.kl_div(f(x).log_softmax(1), log_p, log_target=True, reduction="batchmean")
+    x_i = (x + xi * unit(torch.randn_like(x))).requires_grad_()
+    grad, = torch.autograd.grad(divergence(x_i), x_i)
+    return F.cross_entropy(logits, y) + divergence(x + eps * unit(grad))
+
+
+def margin(f, x, y, lam=0.1):
+    """Margin maximisation (Matyasko and Chau 2017): the hinge max(0, 1 - f_y + max_{k != y} f_k), and lam times
+    max_k |grad_x (f_y - f_k)|_2^2. The second k is picked as a constant; its difference alone is differentiated."""
+    k = boundaries(f, x, y)[1].norm(dim=2).argmax(1)
+    x = x.detach().requires_grad_()
+    logits = f(x)
+    f_y, f_k = (logits.gather(1, label[:, None]).squeeze(1) for label in (y, k))
+    grad, = torch.autograd.grad((f_y - f_k).sum(), x, create_graph=True)
+    rival = logits.scatter(1, y[:, None], -math.inf).max(1).values
+    return F.relu(1 - f_y + rival).mean() + lam * grad.flatten(1).square().sum(1).mean()
+
+
+def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
+    """Beyond the paper, l2 PGD training (Madry et al. 2018): NLL(x_adv) alone, x_adv after normalised steps from a
+    start uniform in the ball of radius eps around x, in the ball and in [0,1]; a constant for the gradient."""
+    x_adv = x + eps * unit(torch.randn_like(x)) * torch.rand_like(x[:, :1, :1, :1]) ** (1 / x[0].numel())
+    for _ in range(steps):
+        x_i = x_adv.clamp(0, 1).requires_grad_()  # towards x, so it stays in the ball
+        grad, = torch.autograd.grad(F.cross_entropy(f(x_i), y, reduction="sum"), x_i)
+        r = x_i.detach() + step * unit(grad) - x
+        x_adv = x + unit(r) * r.flatten(1).norm(dim=1).clamp(max=eps).view(-1, 1, 1, 1)
+    return F.cross_entropy(f(x_adv.clamp(0, 1)), y)
+
+
+BASELINES = {"reference": reference, "at": at, "vat": vat, "margin": margin, "pgd": pgd}
 
 
 def baseline_step(run, x, y):
     """One step on the loss of a baseline; a dict of the detached loss."""
     loss = BASELINES[run.settings["defense"]](run.f, x, y)
     minimise(loss, run.f, run.adam_f)
-    return {"nll": loss.detach()}
+    return {"loss": loss.detach()}
 
 
 # --- A run: what is trained, its schedule, its checkpoint ---------------------------------------------------------
@@ -111,16 +164,11 @@ def start(settings, device):
     return run
 
 
-def learning_rate_factor(defense, epoch, epochs):
-    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each epoch."""
-    if defense == "critic":
-        return 0.5 ** ((epoch > round(0.4 * epochs)) + (epoch > round(0.8 * epochs)))
-    return 0.95 ** (epoch - 1)
-
-
 def set_learning_rates(run, epoch):
-    """Sets those of run's optimisers for an epoch."""
-    factor = learning_rate_factor(run.settings["defense"], epoch, run.settings["epochs"])
+    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each epoch."""
+    epochs = run.settings["epochs"]
+    halvings = (epoch > round(0.4 * epochs)) + (epoch > round(0.8 * epochs))
+    factor = 0.5 ** halvings if run.settings["defense"] == "critic" else 0.95 ** (epoch - 1)
     for adam in (getattr(run, name) for name in ("adam_f", "adam_D") if hasattr(run, name)):
         for group in adam.param_groups:
             group["lr"] = adam.defaults["lr"] * factor
@@ -130,8 +178,7 @@ def save(run, path):
     """The one place where a run is written: its checkpoint, and its log beside it."""
     checkpoint = {name: part if name in ("settings", "log") else part.state_dict() for name, part in vars(run).items()}
     checkpoint["random"] = torch.get_rng_state()
-    device = next(run.f.parameters()).device
-    if device.type == "cuda":
+    if (device := next(run.f.parameters()).device).type == "cuda":
         checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
     content = io.BytesIO()
     torch.save(checkpoint, content)
@@ -184,17 +231,13 @@ def restore(run, path):
 
 # --- The loop -----------------------------------------------------------------------------------------------------
 
-COLUMNS = {"nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}", "critic": "{:.3f}", "success": "{:.1%}",
-           "val_error": "{:.2%}", "rho": "{:.4f}"}
-
-
-class NotFinite(Exception):
-    """A loss or a weight stopped being finite."""
+COLUMNS = {"loss": "{:.3f}", "nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}", "critic": "{:.3f}",
+           "success": "{:.1%}", "val_error": "{:.2%}", "rho": "{:.4f}"}
 
 
 def train_epoch(step, run, x, y, epoch, announce=0):
     """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats.
-    announce: print how long this many epochs will take, once the first steps are done. NotFinite ends it."""
+    announce: print how long this many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
     rows, times = [], []
     for i, batch in enumerate(order, 1):
@@ -212,11 +255,10 @@ def train_epoch(step, run, x, y, epoch, announce=0):
         if sys.stderr.isatty():
             print(f"\repoch {epoch} step {i}/{len(order)}\033[K", end="", file=sys.stderr, flush=True)
     rows = torch.stack(rows)                            # (steps, parts)
-    bad = (~rows.isfinite()).any(1)
-    if bad.any():
-        raise NotFinite(f"the loss is not finite from step {bad.int().argmax().item() + 1} of epoch {epoch} on")
-    if not all(weight.isfinite().all() for net in (run.f, getattr(run, "D", run.f)) for weight in net.parameters()):
-        raise NotFinite(f"a weight is not finite after the last step of epoch {epoch}")
+    bad, nets = (~rows.isfinite()).any(1), (run.f, getattr(run, "D", run.f))
+    if bad.any() or not all(weight.isfinite().all() for net in nets for weight in net.parameters()):
+        step = bad.int().argmax().item() + 1 if bad.any() else len(order)
+        raise FloatingPointError(f"the loss or a weight is not finite from step {step} of epoch {epoch} on")
     return dict(zip(parts, rows.mean(0).tolist()))
 
 
@@ -227,17 +269,17 @@ def clear_line():
 
 
 def clock(seconds):
-    """'1:02:03', or '2:03' under an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """Hours, minutes and seconds, '1:02:03'."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def train(run, path, x, y, x_val, y_val):
     """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
     defense, epochs = run.settings["defense"], run.settings["epochs"]
     begin = len(run.log) + (defense != "critic")  # the critic's epoch 0 is that of pretraining
-    print(f"{'epoch':>5} {'time':>8} {'left':>8} " + " ".join(f"{name:>9}" for name in COLUMNS), flush=True)
+    columns = {name: form for name, form in COLUMNS.items()
+               if name in ("val_error", "rho") or (name == "loss") == (defense != "critic")}
+    print(f"{'epoch':>5} {'time':>8} {'left':>8} " + " ".join(f"{name:>9}" for name in columns), flush=True)
     for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
         step = baseline_step if defense != "critic" else critic_step if epoch else pretrain_step
@@ -251,10 +293,9 @@ def train(run, path, x, y, x_val, y_val):
         save(run, path)
         left = clock(seconds * (epochs - epoch)) if epoch else ""
         clear_line()
-        cells = " ".join(f"{form.format(row[name]) if name in row else '':>9}" for name, form in COLUMNS.items())
+        cells = " ".join(f"{form.format(row[name]) if name in row else '':>9}" for name, form in columns.items())
         warn = [f"rho without {robustness['failed']} images that were not fooled"] * (robustness["failed"] > 0)
-        warn += ["COLLAPSED: attack success below 50%"] * (row.get("success", 1) < 0.5)
-        warn += ["COLLAPSED: validation error above 50%"] * (row["val_error"] > 0.5)
+        warn += ["COLLAPSED, see success and val_error"] * (row.get("success", 1) < 0.5 or row["val_error"] > 0.5)
         print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}  {'; '.join(warn)}".rstrip(), flush=True)
 
 
@@ -282,15 +323,15 @@ def parse_flags(argv):
     paper.add_argument("--target", choices=["closest", "uniform"], help="class of the attack: closest")
     args = parser.parse_args(argv)
 
+    critic_only = {"lam": 0.1 if args.arch == "lenet" else 0.5, "lambda_rec": 0.01, "lambda_grad": 10.0,
+                   "attack_steps": 5, "target": "closest"}
+    default = {"epochs": 100, "train_images": 50000}
+    if args.quick:
+        default = {"epochs": 2 if args.defense == "critic" else 3, "train_images": 18000}
     if args.defense == "critic":
-        preset = {"epochs": 2, "train_images": 18000} if args.quick else {}
-        default = {"epochs": 100, "train_images": 50000, "lam": 0.1 if args.arch == "lenet" else 0.5,
-                   "lambda_rec": 0.01, "lambda_grad": 10.0, "attack_steps": 5, "target": "closest", **preset}
-    else:
-        for name in ("lam", "lambda_rec", "lambda_grad", "attack_steps", "target"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
-        default = {"epochs": 3, "train_images": 18000} if args.quick else {"epochs": 100, "train_images": 50000}
+        default |= critic_only
+    elif given := [name for name in critic_only if getattr(args, name) is not None]:
+        parser.error(f"--{given[0].replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
     settings = {name: getattr(args, name) for name in ("arch", "defense", "seed", "data")}
     settings |= {name: value if getattr(args, name) is None else getattr(args, name) for name, value in default.items()}
     if args.out is None:
@@ -305,8 +346,7 @@ def load(source, data_dir, train_images, device):
     """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does)."""
     n = 10000 + train_images
     x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.stroke_digits(n, seed=0)
-    x, y = x[:n].to(device), y[:n].to(device)
-    return x[10000:], y[10000:], x[:10000], y[:10000]
+    return x[10000:n].to(device), y[10000:n].to(device), x[:10000].to(device), y[:10000].to(device)
 
 
 def main(argv=None):
@@ -331,9 +371,8 @@ def main(argv=None):
             replace(args.out, b"")  # whether it can be written is known now, not after the first epoch
             args.out.unlink()
         sets = load(args.data, args.data_dir, settings["train_images"], args.device)
-        print(f"torch {torch.__version__} on {args.device} "
-              + (torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else
-                 f"with {torch.get_num_threads()} threads"))
+        name = torch.cuda.get_device_name(args.device) if sets[0].is_cuda else f"{torch.get_num_threads()} threads"
+        print(f"torch {torch.__version__} on {args.device} ({name})")
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{args.out} and {args.out.with_suffix('.csv')} are written after each epoch", flush=True)
     except (OSError, ValueError) as error:
@@ -349,7 +388,7 @@ def main(argv=None):
                 if args.out.exists() else "No epoch was finished, so nothing was saved.")
         print(f"\nInterrupted. {kept}", file=sys.stderr)
         return 130
-    except (NotFinite, OSError) as error:
+    except (FloatingPointError, OSError) as error:
         kept = f"{args.out} keeps the last good epoch" if args.out.exists() else "no epoch was finished before it"
         print(f"\ntrain.py: error: {error}; {kept}", file=sys.stderr)
         return 2
