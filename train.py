@@ -111,7 +111,7 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
     def divergence(x):
         return F.kl_div(f(x).log_softmax(1), log_p, log_target=True, reduction="batchmean")
     x_i = (x + xi * unit(torch.randn_like(x))).requires_grad_()
-    grad, = torch.autograd.grad(divergence(x_i), x_i)
+    grad, = torch.autograd.grad(len(x) * divergence(x_i), x_i)  # each image's own, not its share of a mean
     return F.cross_entropy(logits, y) + divergence(x + eps * unit(grad))
 
 
