@@ -203,7 +203,7 @@ def print_table(results, attacks):
     rows = [header]
     for group in groups.values():
         settings, figures = group[0][0], [figures for _, figures in group]
-        row = [*(str(settings.get(name, "")) for name in names), str(len({settings["seed"] for settings, _ in group})),
+        row = [*(str(settings.get(name, "")) for name in names), str(len(group)),
                spread([100 * figure["test_error"] for figure in figures], 2)]
         for name in attacks:
             of = {key: [figure[name][key] for figure in figures] for key in figures[0][name]}
@@ -268,6 +268,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
+        runs = {str(sorted(settings.items())) for _, settings in loaded}
+        if len(runs) < len(loaded):
+            raise ValueError("two checkpoints are of the same run, settings and seed alike: give it once")
         trained_on = sorted({settings["data"] for _, settings in loaded})
         if not args.data and len(trained_on) > 1:
             raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
