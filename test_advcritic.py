@@ -8,15 +8,16 @@ import csv
 import functools
 import gzip
 import hashlib
-import http.server
+import json
 import math
 import os
 import re
 import struct
 import subprocess
 import sys
-import threading
 import warnings
+import xml.etree.ElementTree
+import zlib
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -218,13 +219,6 @@ def test_gradient_of_the_attack_with_respect_to_weights_and_confidence():
     check_gradient(lambda: (found * v).sum(), lambda: (walk(f, x, target, C, trace)[0] * v).sum(), [*f.parameters(), C])
 
 
-def test_the_indicator_carries_gradient():
-    f, x = smooth(), images(3)
-    x_adv = attack(f, x, f(x).argmax(1), 0.5 * f(x).softmax(1).amax(1).detach(), steps=1, create_graph=True)
-    assert torch.equal(x_adv, x)  # at its confidence already: what gradient there is, comes through the estimator
-    assert sum(g.abs().sum() for g in torch.autograd.grad(x_adv.sum(), list(f.parameters()))) > 1e-4
-
-
 def test_attack_in_the_box():
     f, x = convolutional(), images(30).round()
     target = closest_class(f, x, f(x).argmax(1))
@@ -303,18 +297,41 @@ def test_learning_rates():
     assert baseline.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** 2)
 
 
-def test_deepfool_on_a_linear_model():
+carlini_wagner = functools.partial(evaluation.carlini_wagner, steps=400, lr=0.003)
+ddn = functools.partial(evaluation.ddn, steps=200)
+
+
+@pytest.mark.parametrize("method, above", [
+    (evaluation.deepfool, 1.04), (functools.partial(evaluation.deepfool, max_step=None), 1.04),
+    (carlini_wagner, 1.015), (ddn, 1.015)])
+def test_smallest_perturbations_of_a_linear_model(method, above):
     f, x = linear(), 0.3 + 0.4 * images(40)  # away from the ends of the box
+    f[1].bias.data += torch.tensor([0.5, 0, 0, 0, 0]) - 50  # y's logit is negative: a masked 0 must not count as rival
+    for weight in f.parameters():
+        weight.data *= 30                                   # so sure that NLL points to the closest class
     y = f(x).argmax(1)
-    distance = boundary_distances(f, x, y).amin(1)
-    assert distance.max() > 0.15  # more than one step of 0.1
-    for max_step in (None, 0.1):
-        x_adv = evaluation.deepfool(f, x, y, max_step=max_step)
-        length = (x_adv - x).flatten(1).norm(dim=1)
-        assert (f(x_adv).argmax(1) != y).all() and (length > distance).all()
-        assert torch.allclose(length, 1.02 * distance, atol=1.1e-3)
-    assert torch.equal(evaluation.deepfool(f, x, (y + 1) % 5), x)  # where f is wrong
-    assert torch.equal(evaluation.deepfool(f, x, y, steps=0), x)   # where the attack fails
+    distance, x_adv = boundary_distances(f, x, y).amin(1), method(f, x, y)
+    length = (x_adv - x).flatten(1).norm(dim=1)
+    assert distance.max() > 0.15  # more than one of DeepFool's steps of 0.1
+    assert (f(x_adv).argmax(1) != y).all() and (length > distance).all() and length.mean() < above * distance.mean()
+    assert torch.equal(method(f, x, (y + 1) % 5), x)  # f is wrong at x
+
+
+def test_attacks_that_fail_return_x():
+    f, x, y = classifier(nn.Flatten(), nn.Linear(64, 5)), images(3), torch.tensor([2, 2, 0])
+    f[1].weight.data *= 0
+    f[1].bias.data = torch.tensor([0.0, 0, 9, 0, 0]).double()  # always 2
+    for method in (evaluation.deepfool, carlini_wagner, evaluation.own, ddn):
+        assert torch.equal(method(f, x, y), x)
+
+
+def test_attacks_on_black_and_white_pixels_and_on_a_classifier_that_is_sure():
+    f, x = linear().float(), images(20).float().round()
+    f[1].weight.data *= 1000  # p_y is 1 in float32, and the gradient of log p_y is 0
+    y = f(x).argmax(1)
+    for method in (evaluation.deepfool, evaluation.carlini_wagner, ddn):
+        x_adv = method(f, x, y)
+        assert (f(x_adv).argmax(1) != y).all() and x_adv.min() >= 0 and x_adv.max() <= 1
 
 
 def test_rho_and_what_is_left_out_of_its_mean():
@@ -329,8 +346,44 @@ def test_rho_and_what_is_left_out_of_its_mean():
     assert (f(x_adv).argmax(1) != y).tolist() == [True] * 3 + [False] * 3
     figures = evaluation.measure(f, x, y, lambda f, x, y: x_adv)
     assert figures["rho"] == pytest.approx(sum((x_adv - x)[i].norm() / x[i].norm() for i in (1, 2)).item() / 3)
-    assert (figures["failed"], figures["black"]) == (3, 1) and evaluation.error_rate(f, x, y) == pytest.approx(1 / 6)
-    assert figures["reached"] == pytest.approx(2 / 5)  # at 1 and 2 of those that f gets right
+    assert figures["failed"] == 3 and evaluation.error_rate(f, x, y) == pytest.approx(1 / 6)
+    assert figures["length"].isinf().tolist() == [False] * 3 + [True] * 3
+
+
+def test_vote_of_the_nearest():
+    x_train, y_train = torch.arange(8.0).view(8, 1, 1, 1), torch.tensor([0, 0, 1, 1, 2, 2, 2, 3])
+    x = torch.tensor([0.4, 2.6, 5.1]).view(3, 1, 1, 1)  # 0 0 1 1 2: the nearer pair; 1 1 2 0 2, 2 2 2 3 1
+    assert evaluation.vote(x, x_train, y_train).tolist() == [0, 1, 2]
+
+
+def test_what_the_tables_say(capsys):
+    """Two seeds on a linear model in two classes: every figure of DDN is known from the distances."""
+    f, x = linear(K=2), 0.3 + 0.4 * images(30)
+    y = f(x).argmax(1)
+    y[0] = 1 - y[0]
+    row = evaluation.evaluate(f, x, y, ["deepfool", "own", "ddn"], x.repeat(5, 1, 1, 1), y.repeat(5), "")
+    distance = torch.where(torch.arange(30) > 0, boundary_distances(f, x, f(x).argmax(1)).amin(1), 0)
+    expected = (distance / x.flatten(1).norm(dim=1)).mean().item()
+    assert row["worst"] == pytest.approx(expected, rel=0.02) and row["failed"] == [0, 0, 0] and row["half %"] == 0
+    assert row["at 1.5 %"] == pytest.approx(100 * (distance > 1.5).double().mean().item())
+    assert row["own"] > row["deepfool"] >= row["ddn"] >= row["worst"] and abs(row["gain %"]) < 2
+    assert [row[name] for name in ("change %", "no change %", "clean %", "noise %")] == [0, 100, 100, 100]
+    settings, other = dict(arch="mlp", defense="at", epochs=2), {**row, "worst": row["worst"] + 0.2, "half %": 10.1}
+    rows = [{**of, "name": "net", "checkpoint": path, "settings": settings, "test error %": error}
+            for of, path, error in ((row, "a.pt", 1.0), (other, "b.pt", 2.0))]
+    evaluation.print_results([rows], ["deepfool", "own", "ddn"], "30 images")
+    out = capsys.readouterr().out
+    assert "1.50±0.71 (0.9)" in out and f"{expected + 0.1:.2f}" in out and "±0.141" in out and "(77.21)" in out
+    assert [line.split(":")[0] for line in out.splitlines() if "SUSPICIOUS" in line] == ["b.pt"]
+
+
+def test_png(tmp_path):
+    page = torch.randint(256, (5, 7)) / 255
+    evaluation.save_png(tmp_path / "page.png", page)
+    content = (tmp_path / "page.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (7, 5)
+    lines = zlib.decompress(content[content.index(b"IDAT") + 4:-16])
+    assert [line[1:] for line in zip(*[iter(lines)] * 8)] == [tuple(line) for line in (255 * page).round().int().tolist()]
 
 
 # --- What holds for every attack ----------------------------------------------------------------------------------
@@ -340,7 +393,7 @@ def to_closest(f, x, y, **how):
 
 
 in_box = functools.partial(to_closest, **IN_BOX)
-every_attack = pytest.mark.parametrize("method", [to_closest, in_box, evaluation.deepfool, evaluation.own])
+every_attack = pytest.mark.parametrize("method", [to_closest, in_box, evaluation.deepfool, carlini_wagner, evaluation.own, ddn])
 
 
 @every_attack
@@ -408,9 +461,7 @@ def test_files_are_found_and_parsed(small, tmp_path, where, ending):
 
 BROKEN = {
     "truncated": (lambda c: c[:-5], "bytes, expected"),
-    "lengthened": (lambda c: c + b"x", "more than"),
     "one bit flipped": (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "SHA-256"),
-    "empty": (lambda c: b"", "neither gzip nor IDX"),
     "html": (lambda c: b"<!DOCTYPE html><html>Not found</html>", "neither gzip nor IDX"),
     "gzip truncated": (lambda c: gzip.compress(c)[:-9], "archive is broken"),
     "labels for images": (lambda c: idx(torch.arange(6)), "neither gzip nor IDX of 3 dimensions"),
@@ -426,28 +477,22 @@ def test_broken_files_are_refused_by_name(small, tmp_path, how):
         data.load_mnist(tmp_path, mirrors=())
 
 
-def test_download(small, tmp_path, monkeypatch, capsys):
+def test_download(small, tmp_path, capsys, monkeypatch):
     (files, tensors), name = small, "train-images-idx3-ubyte"
-    pages = {"cut": gzip.compress(files[name])[:-9], "html": b"<html>log in</html>", "long": bytes(5000)}
-    for kind, content in pages.items():
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / f"{name}.gz").write_bytes(content)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        bad = [f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in ("missing", *pages)]
-        monkeypatch.setattr(data.load_mnist, "__defaults__", (None, bad))
-        assert train.main(["--data-dir", str(tmp_path / "new"), "--out", str(tmp_path / "run.pt")]) == 2
-        error = capsys.readouterr().err.split("train.py: error")[1]
-        for part in ("new", "404", "archive is broken", "neither gzip nor IDX", "more than", "--data strokes", *bad):
-            assert part in error
-        assert len(error.splitlines()) <= 10 and not (tmp_path / "new").exists()
-        for name, content in files.items():
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-        x_train, *_ = data.load_mnist(tmp_path / "new", mirrors=[*bad, bad[0].replace("missing/", "")])
-        server.shutdown()
+    for folder, pages in (("good", files), ("html", {name: b"<html>log in</html>"}), ("long", {name: bytes(10**6)})):
+        (tmp_path / folder).mkdir()
+        for page, content in pages.items():
+            (tmp_path / folder / f"{page}.gz").write_bytes(content)
+    bad = [f"{tmp_path.as_uri()}/{folder}/" for folder in ("missing", "html", "long")]
+    x_train, *_ = data.load_mnist(tmp_path / "new", mirrors=[*bad, f"{tmp_path.as_uri()}/good/"])
     assert torch.equal(x_train[:, 0], tensors[0] / 255)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"{name}.gz" for name in files)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"{page}.gz" for page in files)
+    monkeypatch.setattr(data.load_mnist, "__defaults__", (None, bad))
+    assert train.main(["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "run.pt")]) == 2
+    error = capsys.readouterr().err
+    for part in ("none", "No such file", "neither gzip nor IDX", "more than", "--data strokes", *bad):
+        assert part in error
+    assert len(error.splitlines()) <= 10 and not (tmp_path / "none").exists()
 
 
 def test_stroke_digits():
@@ -486,7 +531,7 @@ def leaves(value):
 
 
 def test_scripts_end_to_end(tmp_path):
-    """The two scripts as subprocesses: a clean screen, the files where they are said to be, the table."""
+    """The two scripts as subprocesses: a clean screen, the files where they are said to be, the tables, the pictures."""
     def run(*command):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=170)
         assert (done.returncode, done.stderr) == (0, "")
@@ -499,9 +544,16 @@ def test_scripts_end_to_end(tmp_path):
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == {
         name + ending for name in names for ending in (".pt", ".csv")}
     assert [[row["epoch"] for row in log_of(tmp_path / f"{name}.csv")] for name in names] == [["0", "1"], ["1"]]
-    out = run(HERE / "eval.py", *[name + ".pt" for name in names], "--n", "20", "--device", "cpu").splitlines()
-    assert [line.split()[:2] for line in out[1:3]] == [["mlp", "critic"], ["mlp", "reference"]]
-    assert "rho deepfool" in out[0] and "rho own" in out[0] and "20 of strokes's test images" in out[3]
+    out = run(HERE / "eval.py", *[name + ".pt" for name in names], "--n", "10", "--device", "cpu", "--figures", "pictures",
+              "--json", "all.json")
+    (critic_row,), (reference_row,) = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert f"{critic_row['ddn']:.3f}" in out and "(0.131)" in out and "10 of strokes's test images" in out
+    assert reference_row["checkpoint"] == names[1] + ".pt" and len(reference_row["length"]) == 10
+    pictures = ["accuracy-mlp.svg", "figure2-mlp.png", "figure4-mlp.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == pictures
+    svg = xml.etree.ElementTree.parse(tmp_path / "pictures" / pictures[0]).getroot()
+    curve = [point.split(",") for point in svg.findall(".//{*}g/{*}polyline")[0].get("points").split()]
+    assert len(curve) == 81 and float(curve[0][1]) == 340 - 300 * sum(length > 0 for length in critic_row["length"]) / 10
 
 
 def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
@@ -542,7 +594,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     "train --lam nan", "train --lambda-rec inf", "train --lambda-grad -1", "train --attack-steps 0",
     "train --target far", "train --data cifar", "train --device abacus", "train --train-images 99",
     "train --train-images 50001", "train --out run.txt", "train --defense reference --lam 0.1", "train --speling 1",
-    "eval", "eval x.pt --n 0", "eval x.pt --n 10001", "eval x.pt --attacks deepfool,magic", "eval x.pt --data cifar"])
+    "eval", "eval x.pt --n 0", "eval x.pt --n 10001", "eval x.pt --attacks deepfool,magic", "eval x.pt --data cifar",
+    f"eval x.pt --figures {__file__}"])
 def test_wrong_flags(scripts, capsys, command):
     script, *flags = command.split()
     with pytest.raises(SystemExit) as error:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import data
 from advcritic import RunningConfidence, attack, boundaries, classifier_loss, closest_class, critic, critic_loss
-from eval import NETWORKS, add_data_flags, deepfool, error_rate, measure, number, read_checkpoint
+from eval import NETWORKS, add_data_flags, deepfool, error_rate, measure, number, per_image, read_checkpoint, unit
 
 BATCH = 100
 
@@ -82,11 +82,6 @@ def pretrain_step(run, x, y):
 
 # --- The other rows of Table 1: losses of f on a batch x (N,1,28,28), y (N,) --------------------------------------
 
-def unit(v):
-    """v (N,...) divided by its l2 length, image by image."""
-    return v / v.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (v.dim() - 1))
-
-
 def reference(f, x, y):
     """No defense: the negative log-likelihood (NLL)."""
     return F.cross_entropy(f(x), y)
@@ -135,7 +130,7 @@ def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
         x_i = x_adv.clamp(0, 1).requires_grad_()  # towards x, so it stays in the ball
         grad, = torch.autograd.grad(F.cross_entropy(f(x_i), y, reduction="sum"), x_i)
         r = x_i.detach() + step * unit(grad) - x
-        x_adv = x + unit(r) * r.flatten(1).norm(dim=1).clamp(max=eps).view(-1, 1, 1, 1)
+        x_adv = x + unit(r) * per_image(r.flatten(1).norm(dim=1).clamp(max=eps), r)
     return F.cross_entropy(f(x_adv.clamp(0, 1)), y)
 
 
