@@ -44,8 +44,8 @@ def load_mnist(data_dir=None, mirrors=MIRRORS):
         raise NotADirectoryError(f"{data_dir} is not a folder: expected that of MNIST's four files")
     tensors = []
     for name, shape, sha256 in FILES:
-        content = find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors)
-        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
+        content = bytearray(find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors))
+        values = torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
         tensors.append(values[:, None] / 255 if len(shape) == 3 else values.long())
     return tuple(tensors)
 
@@ -173,8 +173,8 @@ def stroke_digits(n, seed):
         right, down = pixel - x0, pixel[:, None] - y0                        # (m,S,1,28), (m,S,28,1)
         at = ((right * dx + down * dy) / (dx * dx + dy * dy)).clamp(0, 1)    # (m,S,28,28) the nearest point, 0 to 1
         distance = torch.hypot(right - at * dx, down - at * dy).amin(1)      # (m,28,28) to the nearest stroke
-        ink = (uniform(1.2, 2.2, m, 1, 1) - distance).clamp(0, 1)
-        return (ink + 0.05 * torch.randn(ink.shape, generator=generator)).clamp(0, 1)[:, None]
+        ink = (uniform(1.2, 2.2, m, 1, 1) - distance).clamp(0, 1) + 0.05 * torch.randn(m, 28, 28, generator=generator)
+        return (255 * ink.clamp(0, 1)).round()[:, None] / 255  # of 256 shades, as MNIST
 
     y = torch.randint(10, (n,), generator=generator)
     return torch.cat([draw(part) for part in y.split(100)]), y

@@ -449,7 +449,8 @@ def main(argv=None):
     add_data_flags(parser, default=None)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
-    attacks = args.attacks.split(",") if args.attacks else [name for name in ATTACKS if cuda or name != "cw"]
+    attacks = (list(dict.fromkeys(args.attacks.split(","))) if args.attacks is not None else
+               [name for name in ATTACKS if cuda or name != "cw"])
     n = args.n or (10000 if cuda else 500)
     if unknown := {*attacks} - {*ATTACKS}:
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")

@@ -10,10 +10,13 @@ import argparse
 import csv
 import datetime
 import io
+import itertools
 import math
+import multiprocessing
 import os
 import shlex
 import signal
+import statistics
 import sys
 import time
 import types
@@ -231,12 +234,12 @@ COLUMNS = {"loss": "{:.3f}", "nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}
 
 
 def train_epoch(step, run, x, y, epoch, announce=0):
-    """One pass over x, y in batches of a random order; the means of what step(run, x, y) returns, as floats.
+    """One pass over x (bytes), y in batches of a random order; the means of what step(run, x, y) returns, as floats.
     announce: print how long this many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
     rows, times = [], []
     for i, batch in enumerate(order, 1):
-        parts = step(run, x[batch], y[batch])
+        parts = step(run, x[batch] / 255, y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
         if announce and i in (5, 20):
             if x.is_cuda:
@@ -294,6 +297,36 @@ def train(run, path, x, y, x_val, y_val):
         print(f"{epoch:>5} {clock(seconds):>8} {left:>8} {cells}  {'; '.join(warn)}".rstrip(), flush=True)
 
 
+# --- Speed --------------------------------------------------------------------------------------------------------
+
+def time_steps(settings, args, steps=30):
+    """Median seconds of a training step, and the peak memory in MB of this process, on CUDA that of the device."""
+    import resource  # here, as Windows has none
+    run, step = start(settings, args.device), critic_step if settings["defense"] == "critic" else baseline_step
+    x, y, *_ = load(args.data, args.data_dir, settings["train_images"], args.device)
+    seconds = []
+    for batch in torch.randperm(len(x), device=x.device)[:(steps + 5) * BATCH].split(BATCH):
+        begin = time.perf_counter()
+        step(run, x[batch] / 255, y[batch])
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if x.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return statistics.median(seconds[5:]), peak / 1e6
+
+
+def bench(args):
+    """Prints the speed of a step and the memory it takes, of each network with the critic and without, each in a fresh
+    process."""
+    print(f"{'arch':6} {'defense':10} {'ms a step':>9} {'peak MB':>8}")
+    for arch, defense in itertools.product(NETWORKS, ("critic", "reference")):
+        settings = parse_flags(["--arch", arch, "--defense", defense, "--data", args.data])[1]
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, peak = pool.apply(time_steps, (settings, args))
+        print(f"{arch:6} {defense:10} {1000 * seconds:>9.1f} {peak:>8.0f}", flush=True)
+    return 0
+
+
 # --- Command line -------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
@@ -310,6 +343,7 @@ def parse_flags(argv):
     parser.add_argument("--resume", action="store_true", help="continue --out")
     parser.add_argument("--quick", action="store_true",
                         help="minutes on a CPU: 18000 training images, 2 epochs after that of pretraining (others: 3)")
+    parser.add_argument("--bench", action="store_true", help="only print the speed of a training step and its memory")
     paper = parser.add_argument_group("constants of the paper, for --defense critic")
     paper.add_argument("--lam", type=number(float, 0), help="of fooling the critic, Eq. 5: 0.1 for lenet, 0.5 for mlp")
     paper.add_argument("--lambda-rec", type=number(float, 0), help="of the cycle term, Eq. 6: 0.01")
@@ -338,10 +372,12 @@ def parse_flags(argv):
 
 
 def load(source, data_dir, train_images, device):
-    """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does)."""
+    """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does).
+    The training images are bytes, a quarter of the memory."""
     n = 10000 + train_images
     x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.stroke_digits(n, seed=0)
-    return x[10000:n].to(device), y[10000:n].to(device), x[:10000].to(device), y[:10000].to(device)
+    x_train, x_val = x[10000:n].mul(255).round_().byte(), x[:10000].clone()
+    return x_train.to(device), y[10000:n].to(device), x_val.to(device), y[:10000].to(device)
 
 
 def main(argv=None):
@@ -350,6 +386,8 @@ def main(argv=None):
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
+        if args.bench:
+            return bench(args)
         run = start(settings, args.device)
         if args.resume:
             last = restore(run, args.out)
