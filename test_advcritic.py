@@ -367,14 +367,19 @@ def test_what_the_tables_say(capsys):
     assert row["worst"] == pytest.approx(expected, rel=0.02) and row["failed"] == [0, 0, 0] and row["half %"] == 0
     assert row["at 1.5 %"] == pytest.approx(100 * (distance > 1.5).double().mean().item())
     assert row["own"] > row["deepfool"] >= row["ddn"] >= row["worst"] and abs(row["gain %"]) < 2
-    assert [row[name] for name in ("change %", "no change %", "clean %", "noise %")] == [0, 100, 100, 100]
-    settings, other = dict(arch="mlp", defense="at", epochs=2), {**row, "worst": row["worst"] + 0.2, "half %": 10.1}
-    rows = [{**of, "name": "net", "checkpoint": path, "settings": settings, "test error %": error}
+    assert [row[name] for name in ("change %", "no change %", "clean error %", "noise: no change %")] == [0, 100, 0, 100]
+    assert row["images"] == [29] and row["failed %"] == 0 and row["reached %"] == 100
+    other = {**row, "worst": row["worst"] + 0.2, "half %": 10.1, "gain %": 2.1, "failed %": 1.1}
+    rows = [{**of, "name": "net", "checkpoint": path, "paper": {"test error %": .9, "own": .3}, "test error %": error}
             for of, path, error in ((row, "a.pt", 1.0), (other, "b.pt", 2.0))]
     evaluation.print_results([rows], ["deepfool", "own", "ddn"], "30 images")
     out = capsys.readouterr().out
-    assert "1.50±0.71 (0.9)" in out and f"{expected + 0.1:.2f}" in out and "±0.141" in out and "(77.21)" in out
-    assert [line.split(":")[0] for line in out.splitlines() if "SUSPICIOUS" in line] == ["b.pt"]
+    assert "1.50±0.71 (0.90)" in out and f"{row['worst'] + 0.1:.3f}±0.141" in out and "(0.300)" in out
+    assert out.count("SUSPICIOUS") == [line.count("SUSPICIOUS") for line in out.splitlines() if "b.pt" in line][0] == 3
+    collapsed = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    collapsed[1].weight.data *= 0  # no attack moves an image
+    row = evaluation.evaluate(collapsed, x, y, ["deepfool", "own", "ddn"], x, y, "")
+    assert row["failed %"] > 0 and math.isnan(row["change %"])
 
 
 def test_png(tmp_path):
@@ -546,8 +551,8 @@ def test_scripts_end_to_end(tmp_path):
     assert [[row["epoch"] for row in log_of(tmp_path / f"{name}.csv")] for name in names] == [["0", "1"], ["1"]]
     out = run(HERE / "eval.py", *[name + ".pt" for name in names], "--n", "10", "--device", "cpu", "--figures", "pictures",
               "--json", "all.json")
-    (critic_row,), (reference_row,) = json.loads((tmp_path / "all.json").read_text())["results"]
-    assert f"{critic_row['ddn']:.3f}" in out and "(0.131)" in out and "10 of strokes's test images" in out
+    critic_row, reference_row = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert f"{critic_row['ddn']:.3f}" in out and "(0.131)" not in out and "10 strokes test images" in out
     assert reference_row["checkpoint"] == names[1] + ".pt" and len(reference_row["length"]) == 10
     pictures = ["accuracy-mlp.svg", "figure2-mlp.png", "figure4-mlp.png"]
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == pictures
