@@ -402,9 +402,10 @@ def save_svg(path, title, groups):
 
     def line(colour, *points):
         return f'<polyline points="{" ".join(f"{x:.0f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}"/>'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="sans-serif" font-size="14">',
-             '<rect width="720" height="400" fill="white"/>', text(60, 24, title, "start"),
-             text(300, 388, "l2 length of the perturbation"), *(text(60 + 60 * i, 361, i / 2) for i in range(9)),
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 400" font-family="sans-serif" font-size="14">',
+             '<rect width="820" height="400" fill="white"/>', text(60, 24, title, "start"),
+             text(300, 388, "l2 length of the perturbation, images in [0,1]"),
+             *(text(60 + 60 * i, 361, i / 2) for i in range(9)),
              *(line("#ddd", (60, y), (540, y)) + text(36, y + 5, f"{(340 - y) // 3}%") for y in range(40, 341, 60)),
              '<g stroke-width="2.5">']
     for i, group in enumerate(groups):

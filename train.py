@@ -283,8 +283,8 @@ def train(run, path, x, y, x_val, y_val):
         step = baseline_step if defense != "critic" else critic_step if epoch else pretrain_step
         set_learning_rates(run, epoch)
         row = train_epoch(step, run, x, y, epoch, announce=epochs - epoch + 1 if epoch == max(begin, 1) else 0)
-        row["val_error"] = error_rate(run.f, x_val, y_val)
-        robustness = measure(run.f, x_val[:100], y_val[:100], deepfool)
+        row["val_error"] = error_rate(run.f, x_val / 255, y_val)
+        robustness = measure(run.f, x_val[:100] / 255, y_val[:100], deepfool)
         row["rho"] = robustness["rho"]
         seconds = time.perf_counter() - began
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
@@ -373,11 +373,11 @@ def parse_flags(argv):
 
 def load(source, data_dir, train_images, device):
     """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does).
-    The training images are bytes, a quarter of the memory."""
+    The images are bytes, 0 to 255, a quarter of the memory."""
     n = 10000 + train_images
     x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.stroke_digits(n, seed=0)
-    x_train, x_val = x[10000:n].mul(255).round_().byte(), x[:10000].clone()
-    return x_train.to(device), y[10000:n].to(device), x_val.to(device), y[:10000].to(device)
+    x, y = x[:n].mul(255).round_().byte().to(device), y[:n].to(device)
+    return x[10000:], y[10000:], x[:10000], y[:10000]
 
 
 def main(argv=None):
