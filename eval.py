@@ -303,7 +303,7 @@ def load_checkpoint(path, device="cpu"):
 
 # --- Tables 1 and 2 -----------------------------------------------------------------------------------------------
 
-FIGURES = ("test error %", "deepfool", "cw", "own", "change %", "no change %")
+PAPER_COLUMNS = ("test error %", "deepfool", "cw", "own", "change %", "no change %")
 PAPER = {  # its values, in this order
     "mlp reference": (1.46, .131, .124, .173, 0.57, 98.74), "lenet reference": (0.64, .157, .148, .207, 2.54, 96.53),
     "mlp at": (0.90, .228, .210, .299, 19.02, 77.21), "lenet at": (0.55, .215, .191, .286, 19.1, 75.94),
@@ -314,7 +314,7 @@ PAPER = {  # its values, in this order
 
 def print_table(groups, names):
     """A line for each group of rows: its name and seeds, and the figures of these names, the paper's in brackets."""
-    lines = [["", "seeds", *(name + " (paper)" * (name in FIGURES) for name in names)]]
+    lines = [["", "seeds", *(name + " (paper)" * (name in PAPER_COLUMNS) for name in names)]]
     for group in groups:
         lines.append([group[0]["name"], str(len(group))])
         for name in names:
@@ -352,6 +352,13 @@ def print_results(groups, attacks, caption):
                                            ("failed %", 1, "DDN fails on {:.1f}%")) if name in row]
         if notes:
             print("\n" * (row is rows[0]) + f"{row['checkpoint']}: {'; '.join(notes)}")
+
+
+def save_json(path, rows, protocol):
+    """Writes every figure, a line for each row, and how it was measured; null for what is infinite or not a number."""
+    lines = [json.dumps(json.loads(json.dumps(row, default=torch.Tensor.tolist), parse_constant=lambda _: None))
+             for row in rows]
+    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
@@ -496,7 +503,7 @@ def main(argv=None):
             figures = evaluate(f, x[some], y[some], attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}")
             paper = PAPER.get(f"{s['arch']} {s['defense']}", ()) if source == "mnist" else ()
             row = {"name": Path(path).stem.removesuffix(f"-{s['seed']}") + f", {s['epochs']} epochs",
-                   "checkpoint": path, "settings": s, "paper": dict(zip(FIGURES, paper)),
+                   "checkpoint": path, "settings": s, "paper": dict(zip(PAPER_COLUMNS, paper)),
                    "test error %": 100 * error_rate(f, x, y), **figures}
             groups.setdefault(str(sorted({**s, "seed": 0}.items())), []).append(row)  # the same but for the seed
     except KeyboardInterrupt:
@@ -507,12 +514,10 @@ def main(argv=None):
     groups = list(groups.values())
     print_results(groups, attacks, caption)
     if args.json:
-        protocol = {"images": f"first {n} of torch.randperm(10000), seed 0, of the test set of {source}",
-                    "attacks": {name: ATTACKS[name].__doc__ for name in attacks},
-                    "device": args.device, "torch": torch.__version__}
-        rows = [json.dumps(row, default=torch.Tensor.tolist) for row in sum(groups, [])]
-        text = ",\n".join(json.dumps(json.loads(row, parse_constant=lambda _: None)) for row in rows)  # inf, nan: null
-        args.json.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{text}\n]}}\n')
+        save_json(args.json, sum(groups, []), {
+            "images": f"first {n} of torch.randperm(10000), seed 0, of the test set of {source}",
+            "attacks": {name: ATTACKS[name].__doc__ for name in attacks},
+            "device": args.device, "torch": torch.__version__})
     if args.figures:
         networks = {f"{s['arch']} {s['defense']}": f for f, s in reversed(loaded)}  # the first of each
         draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], caption)

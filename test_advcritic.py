@@ -622,6 +622,12 @@ def test_settings_and_uniform_targets():
     assert (target != label).all() and target.unique().numel() == 10
 
 
+def test_bench_times_a_step(scripts):
+    args, settings = train.parse_flags(["--arch", "mlp", "--data", "strokes", "--train-images", "700", "--bench"])
+    seconds, peak = train.time_steps(settings, args, steps=2)
+    assert 1e-3 < seconds < 60 and 100 < peak < 20_000  # MB
+
+
 def damaged(path, damage):
     torch.save({**GOOD, "f": lenet().state_dict()}, path)
     path.write_bytes(damage(path.read_bytes()))
