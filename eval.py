@@ -21,12 +21,35 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import data
 from advcritic import attack, boundaries, closest_class, lenet, mlp
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
 DATA = ("mnist", "strokes")
+
+
+# --- The classifiers ----------------------------------------------------------------------------------------------
+
+class ConvPool(nn.Conv2d):
+    """Conv2d(1, 32, 5) and then MaxPool2d(2), for a CPU: LeNet's training step takes 0.78 of the time. A 6x6 patch of
+    x, taken at every other pixel, holds the four 5x5 patches of a pooling window. So one matrix product, with four
+    copies of each kernel shifted within 6x6, gives the window's four values, and the largest stays."""
+
+    def forward(self, x):
+        patches = x.unfold(2, 6, 2).unfold(3, 6, 2).flatten(4).squeeze(1)                            # (N,12,12,36)
+        kernels = torch.stack([F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)])
+        values = F.linear(patches, kernels.flatten(0, 1).flatten(1)).unflatten(3, (4, -1))          # (N,12,12,4,32)
+        return (values.max(3).values + self.bias).permute(0, 3, 1, 2)
+
+
+def network(arch, device="cpu"):
+    """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
+    f = NETWORKS[arch]()
+    if arch == "lenet" and torch.device(device).type == "cpu":
+        f[0].__class__, f[1] = ConvPool, nn.Identity()
+    return f.to(device)
 
 
 # --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
@@ -47,11 +70,6 @@ def per_image(value, x):
 def unit(v):
     """v (N,...) divided by its l2 length, image by image."""
     return v / per_image(v.flatten(1).norm(dim=1).clamp(min=1e-12), v)
-
-
-def channels_last(x):
-    """x, on a CPU with the channels of each pixel side by side in memory: LeNet takes a third less time from there."""
-    return x.clone(memory_format=torch.channels_last) if x.dim() == 4 and not x.is_cuda else x
 
 
 def where_fooled(f, x, y, x_adv):
@@ -113,7 +131,7 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
         for step in range(1, steps + 1):
             with torch.enable_grad():
                 w.requires_grad_()
-                x_i = channels_last((w.tanh() + 1) / 2)
+                x_i = (w.tanh() + 1) / 2
                 f_x, label = f(x_i), y[live, None]
                 gap = (f_x.gather(1, label) - f_x.scatter(1, label, -math.inf).amax(1, True)).squeeze(1)
                 square = (x_i - x[live]).flatten(1).square().sum(1)
@@ -149,7 +167,7 @@ def ddn(f, x, y, steps=1000):
     length, shortest = x.new_ones(len(x)), x.new_full((len(x),), math.inf)
     for step in range(steps):
         with torch.enable_grad():
-            x_i = channels_last(x + r).requires_grad_()
+            x_i = (x + r).requires_grad_()
             f_x = f(x_i)
             # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
             f_y, others = f_x.gather(1, y), f_x.scatter(1, y, -math.inf)
@@ -293,12 +311,12 @@ def load_checkpoint(path, device="cpu"):
     """The classifier of a checkpoint of train.py, full or weights-only, and its settings: f (in eval mode), dict, its
     "epochs" such as "3 of 100" where the run did not come to its end. Errors as read_checkpoint has them."""
     checkpoint = read_checkpoint(path)
-    f = NETWORKS[checkpoint["settings"]["arch"]]()
+    f = network(checkpoint["settings"]["arch"], device)
     f.load_state_dict(checkpoint["f"])
     info, log = dict(checkpoint["settings"]), checkpoint.get("log")
     if log and log[-1]["epoch"] < info["epochs"]:
         info["epochs"] = f"{log[-1]['epoch']} of {info['epochs']}"
-    return f.to(device).eval(), info
+    return f.eval(), info
 
 
 # --- Tables 1 and 2 -----------------------------------------------------------------------------------------------

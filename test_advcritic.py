@@ -256,6 +256,23 @@ def test_networks():
             assert layer.bias.abs().max() == 0
 
 
+def test_lenet_on_a_cpu_is_the_same_function_with_the_same_derivatives():
+    f, g = lenet().double(), evaluation.network("lenet").double()
+    f[0].bias.data.normal_()
+    g.load_state_dict(f.state_dict())
+    assert type(f[0]) is nn.Conv2d and type(g[0]) is evaluation.ConvPool
+    x, outcomes = torch.rand(20, 1, 28, 28, dtype=torch.float64), []
+    x[:, :, :9], x[:, :, :, 20:] = 0, 0  # in the black all values of a pooling window are equal: the first one counts
+    for net in (f, g):
+        x_i = x.clone().requires_grad_()
+        logits = net(x_i)
+        grad, = torch.autograd.grad(logits[:, 3].sum(), x_i, create_graph=True)
+        loss = grad.square().sum() + logits[:, 1].sum()
+        outcomes.append((logits, grad, *torch.autograd.grad(loss, net.parameters())))
+    for ours, theirs in zip(*outcomes):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_at_and_margin_on_a_linear_model():
     f, x, y = linear(K=2), images(6), torch.tensor([0, 1, 0, 1, 1, 0])
     W = f[1].weight
@@ -665,4 +682,4 @@ def test_the_examples_of_readme(scripts):
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == GOOD["settings"]
-    assert torch.equal(names["f"](names["x"]), f(names["x"]))
+    torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 import data
 from advcritic import RunningConfidence, attack, boundaries, classifier_loss, closest_class, critic, critic_loss
-from eval import NETWORKS, add_data_flags, deepfool, error_rate, measure, number, per_image, read_checkpoint, unit
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, measure, network, number, per_image, read_checkpoint,
+                  unit)
 
 BATCH = 100
 
@@ -152,13 +153,13 @@ def baseline_step(run, x, y):
 def start(settings, device):
     """A fresh run: its settings, its log, and the networks, optimisers and confidences that a checkpoint holds."""
     torch.manual_seed(settings["seed"])
-    run = types.SimpleNamespace(settings=settings, log=[], f=NETWORKS[settings["arch"]]().to(device))
+    run = types.SimpleNamespace(settings=settings, log=[], f=network(settings["arch"], device))
     if settings["defense"] == "critic":
         run.D, run.confidence = critic().to(device), RunningConfidence(10).to(device)
-        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=5e-4, betas=(0.5, 0.999))
-        run.adam_D = torch.optim.Adam(run.D.parameters(), lr=1e-3, betas=(0.5, 0.999))
+        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=5e-4, betas=(0.5, 0.999), fused=True)
+        run.adam_D = torch.optim.Adam(run.D.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=True)
     else:
-        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=1e-3)
+        run.adam_f = torch.optim.Adam(run.f.parameters(), lr=1e-3, fused=True)
     return run
 
 
