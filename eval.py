@@ -32,15 +32,20 @@ DATA = ("mnist", "strokes")
 
 # --- The classifiers ----------------------------------------------------------------------------------------------
 
-class ConvPool(nn.Conv2d):
-    """Conv2d(1, 32, 5) and then MaxPool2d(2), for a CPU: LeNet's training step takes 0.78 of the time. A 6x6 patch of
-    x, taken at every other pixel, holds the four 5x5 patches of a pooling window. So one matrix product, with four
-    copies of each kernel shifted within 6x6, gives the window's four values, and the largest stays."""
+class ConvPool(nn.Module):
+    """A Conv2d(1, 32, 5) and then MaxPool2d(2), for a CPU: (N,1,28,28) -> (N,32,12,12); a training step of LeNet takes
+    22% less time. A 6x6 patch of x, taken at every other pixel, holds the four 5x5 patches of a pooling window. So one
+    matrix product, with four copies of each kernel shifted within 6x6, gives the window's four values; the largest
+    stays, and of equals the first, as in MaxPool2d."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x):
-        patches = x.unfold(2, 6, 2).unfold(3, 6, 2).flatten(4).squeeze(1)                            # (N,12,12,36)
-        kernels = torch.stack([F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)])
-        values = F.linear(patches, kernels.flatten(0, 1).flatten(1)).unflatten(3, (4, -1))          # (N,12,12,4,32)
+        patches = x.squeeze(1).unfold(1, 6, 2).unfold(2, 6, 2).flatten(3)                          # (N,12,12,36)
+        kernels = torch.cat([F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)])
+        values = F.linear(patches, kernels.flatten(1)).unflatten(3, (4, -1))                       # (N,12,12,4,32)
         return (values.max(3).values + self.bias).permute(0, 3, 1, 2)
 
 
@@ -48,7 +53,7 @@ def network(arch, device="cpu"):
     """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
     f = NETWORKS[arch]()
     if arch == "lenet" and torch.device(device).type == "cpu":
-        f[0].__class__, f[1] = ConvPool, nn.Identity()
+        f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
 
 

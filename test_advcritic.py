@@ -256,21 +256,24 @@ def test_networks():
             assert layer.bias.abs().max() == 0
 
 
-def test_lenet_on_a_cpu_is_the_same_function_with_the_same_derivatives():
-    f, g = lenet().double(), evaluation.network("lenet").double()
-    f[0].bias.data.normal_()
-    g.load_state_dict(f.state_dict())
-    assert type(f[0]) is nn.Conv2d and type(g[0]) is evaluation.ConvPool
-    x, outcomes = torch.rand(20, 1, 28, 28, dtype=torch.float64), []
-    x[:, :, :9], x[:, :, :, 20:] = 0, 0  # in the black all values of a pooling window are equal: the first one counts
-    for net in (f, g):
+def test_conv_pool_is_convolution_and_pooling_with_their_derivatives():
+    conv, row = nn.Conv2d(1, 32, 5).double(), torch.arange(28)
+    conv.weight.data.normal_(0, 2).round_()  # whole numbers: equal values of a pooling window are equal to the bit
+    x = torch.randint(3, (20, 1, 28, 28)).double()
+    x[:5, :, :9] = 0
+    x[5:10] = ((row + row[:, None]) % 3).double()  # equal along a diagonal of the window
+    cotangent, outcomes = torch.randn(20, 32, 12, 12).double(), []
+    for layer in (nn.Sequential(conv, nn.MaxPool2d(2)), evaluation.ConvPool(conv)):
         x_i = x.clone().requires_grad_()
-        logits = net(x_i)
-        grad, = torch.autograd.grad(logits[:, 3].sum(), x_i, create_graph=True)
-        loss = grad.square().sum() + logits[:, 1].sum()
-        outcomes.append((logits, grad, *torch.autograd.grad(loss, net.parameters())))
-    for ours, theirs in zip(*outcomes):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        y = layer(x_i)
+        grad, = torch.autograd.grad((y * cotangent).sum(), x_i, create_graph=True)
+        outcomes.append((y, grad, *torch.autograd.grad(grad.square().sum() + y.square().sum(), layer.parameters())))
+    for expected, actual in zip(*outcomes):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    f, g = lenet(), evaluation.network("lenet")
+    g.load_state_dict(f.state_dict())
+    torch.testing.assert_close(g(x.float()), f(x.float()))
+    assert type(g[0]) is evaluation.ConvPool and type(evaluation.network("lenet", "meta")[0]) is nn.Conv2d
 
 
 def test_at_and_margin_on_a_linear_model():
