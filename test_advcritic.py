@@ -678,9 +678,9 @@ def test_bad_checkpoints_are_refused_by_name(scripts, capsys, kind):
 
 
 def test_the_examples_of_readme(scripts):
-    os.mkdir("runs")
+    os.mkdir("results")
     f, names = lenet(), {}
-    torch.save({**GOOD, "f": f.state_dict()}, "runs/lenet-critic-0.pt")  # a file of weights alone
+    torch.save({**GOOD, "f": f.state_dict()}, "results/lenet-critic.pt")  # a file of weights alone
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     for block in blocks:
         exec(block, names)
