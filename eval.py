@@ -1,6 +1,6 @@
 """How robust is a trained classifier? Tables 1 and 2, Figures 2 and 4, and two checks that the robustness is real.
 
-    python eval.py results/lenet-critic.pt          500 images in 2 min 26 s on two CPU cores
+    python eval.py results/lenet-critic.pt          500 images in 2 min 23 s on two CPU cores
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,own,ddn --figures results --json results/all.json
 
 Prints the tables, the paper's values in brackets: a line for each defense and network, with mean±standard deviation
