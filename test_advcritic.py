@@ -310,11 +310,14 @@ def test_pgd_stays_in_the_ball_and_the_box_and_hurts():
 
 def test_learning_rates():
     run, baseline = (train.start(train.parse_flags(["--defense", name])[1], "cpu") for name in ("critic", "reference"))
+    short = train.start(train.parse_flags(["--defense", "reference", "--epochs", "10"])[1], "cpu")
     for epoch, part in ((0, 1), (40, 1), (41, 0.5), (80, 0.5), (81, 0.25), (100, 0.25)):
         train.set_learning_rates(run, epoch)
         assert [adam.param_groups[0]["lr"] for adam in (run.adam_f, run.adam_D)] == [5e-4 * part, 1e-3 * part]
     train.set_learning_rates(baseline, 3)
     assert baseline.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** 2)
+    train.set_learning_rates(short, 3)
+    assert short.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** 20)
 
 
 carlini_wagner = functools.partial(evaluation.carlini_wagner, steps=400, lr=0.003)

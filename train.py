@@ -164,10 +164,11 @@ def start(settings, device):
 
 
 def set_learning_rates(run, epoch):
-    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each epoch."""
+    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each of 100 epochs. Runs of
+    another length end with the same rate."""
     epochs = run.settings["epochs"]
     halvings = (epoch > round(0.4 * epochs)) + (epoch > round(0.8 * epochs))
-    factor = 0.5 ** halvings if run.settings["defense"] == "critic" else 0.95 ** (epoch - 1)
+    factor = 0.5 ** halvings if run.settings["defense"] == "critic" else 0.95 ** (100 / epochs * (epoch - 1))
     for adam in (getattr(run, name) for name in ("adam_f", "adam_D") if hasattr(run, name)):
         for group in adam.param_groups:
             group["lr"] = adam.defaults["lr"] * factor
