@@ -1,23 +1,37 @@
 """Improved Network Robustness with Adversary Critic (Matyasko and Chau, NIPS 2018): the method, and only the method.
 
     x       images (N,1,28,28), float in [0,1]        f   classifier, images -> logits (N,K)
-    y       labels (N,)                               D   critic, images -> logits (N,K)
+    y       labels (N,) int64                         D   critic, images -> logits (N,K)
     x_adv   A_f(x; target), the attacked images       C   confidence that the attack must reach (N,)
-    target  class that the attack aims at (N,)        k   class that f gives to x_adv (N,)
+    target  class that the attack aims at (N,)        y_adv   class that f gives to x_adv (N,)
 
-Headings name the item of the paper and stand in its order, Section 4 from Figure 3 to the target and the confidence,
-then the two networks of Section 5. The critic estimates the distance between natural and attacked images of Eq. 3.
-One training step is: RunningConfidence.update, closest_class, attack, critic_loss; then classifier_loss through the
-same x_adv (train.py). README lists the constants that the paper does not print.
+Headings name the item of the paper and stand in its order: Section 4 from Figure 3 to the alternating minimisation
+(train_step, where everything comes together), then the two networks of Section 5.
 
 Signs: Eqs. 4 and 5 as printed read D_k as the probability that an image is adversarial, with an unbounded loss. Here
 D_k = sigmoid(logit k) is the probability that x is natural data of class k, with the usual cross-entropy: the critic
-maximises log D_y(x) + log(1 - D_k(x_adv)), and the classifier minimises -log D_k(x_adv). With the logit s these are
-softplus(-s) = -log sigmoid(s) and softplus(s) = -log(1 - sigmoid(s)).
+maximises log D_y(x) + log(1 - D_y_adv(x_adv)), and the classifier minimises -log D_y_adv(x_adv). With the logit s
+these are softplus(-s) = -log sigmoid(s) and softplus(s) = -log(1 - sigmoid(s)).
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def per_image(value, x):
+    """value (N,) in a shape (N,1,...) that multiplies images x (N,...), each by its own."""
+    return value.view(-1, *[1] * (x.dim() - 1))
+
+
+def checked(logits, x, **labels):
+    """logits, if their shape is (N,K) with K >= 2 and each of the labels is (N,) int64, for N images x. ValueError
+    names what is not. Looks at shapes alone: nothing here waits for a GPU."""
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(f"logits of shape {tuple(logits.shape)}, expected ({len(x)}, K) with K >= 2 classes")
+    for name, label in labels.items():
+        if label.shape != (len(x),) or label.dtype != torch.int64:
+            raise ValueError(f"{name}: {label.dtype} of shape {tuple(label.shape)}, expected int64 of ({len(x)},)")
+    return logits
 
 
 # --- Figure 3: the multiclass adversary critic --------------------------------------------------------------------
@@ -30,7 +44,9 @@ class GaussianNoise(nn.Module):
         self.std = std
 
     def forward(self, x):
-        return x + self.std * torch.randn_like(x) if self.training else x
+        if not self.training:
+            return x
+        return x + self.std * torch.randn_like(x)
 
 
 def he_normal(net):
@@ -68,17 +84,18 @@ def gradient_penalty(score, x):
 
 
 def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
-    """Eq. 4, minimised by D; a scalar:
+    """Eq. 4, minimised by D; a scalar. With D_k the critic's logit k:
 
-    mean softplus(-D_y(x)) + mean softplus(D_k(x_adv)) + lambda_grad (penalty(D_y, x) + penalty(D_k, x_adv))
+    mean softplus(-D_y(x)) + mean softplus(D_y_adv(x_adv)) + lambda_grad (penalty(D_y, x) + penalty(D_y_adv, x_adv))
 
-    x, x_adv (N,...) images, both detached; y (N,) true labels; y_adv (N,) the class k that f gives to x_adv, which is
-    that of x where the attack failed: the critic sees these images too. The penalty is taken at x and at x_adv, not
-    between them, and on the very logits of the first two terms, so that it sees the same draw of the critic's noise.
+    x, x_adv (N,...) images, both detached here; y (N,) true labels; y_adv (N,) the class that f gives to x_adv. Images
+    on which the attack failed are among them, with the class that f gives them. The penalty is taken at x and at
+    x_adv, not between them, and on the very logits of the first two terms: it sees the same draw of the critic's noise.
+    float32 or float64; ValueError for wrong shapes.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
-    real = D(x).gather(1, y[:, None]).squeeze(1)
-    fake = D(x_adv).gather(1, y_adv[:, None]).squeeze(1)
+    real = checked(D(x), x, y=y).gather(1, y[:, None]).squeeze(1)
+    fake = checked(D(x_adv), x_adv, y_adv=y_adv).gather(1, y_adv[:, None]).squeeze(1)
     penalty = gradient_penalty(real, x) + gradient_penalty(fake, x_adv)
     return F.softplus(-real).mean() + F.softplus(fake).mean() + lambda_grad * penalty
 
@@ -86,30 +103,30 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 # --- Eq. 5 and Eq. 6: the classifier's objective, with the cycle-consistency term ---------------------------------
 
 def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
-    """Eq. 5 + Eq. 6, minimised by f:
+    """Eq. 5 + Eq. 6, minimised by f. With D_k the critic's logit k:
 
-    mean NLL(x, y) + lam mean softplus(-D_k(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
+    mean NLL(x, y) + lam mean softplus(-D_y_adv(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
     x_rec = A_f(x_adv; the class of x), to the confidence that f has in this class at x
 
-    x (N,...) images, y (N,) labels, x_adv what attack(f, x, ..., create_graph=True) made of x with the same f;
-    lam is 0.5 for the MLP and 0.1 for LeNet; steps of the attack back. The second and third mean run over the images
-    whose attack changed the prediction (y != y_k in the paper); both are 0 where there is none.
+    x (N,...) images, y (N,) labels, x_adv what attack(f, x, ..., create_graph=True) made of x with the same f; lam is
+    0.5 for the MLP and 0.1 for LeNet; steps of the attack back. The second and third mean run over the images whose
+    attack changed the prediction (the paper's y_s != y_t); both are 0 where there is none.
 
     Returns the scalar, and a dict of its detached parts: nll, fool, cycle (before their weights) and success, the
-    share of the images whose attack changed the prediction.
+    share of the images whose attack changed the prediction. float32 or float64; ValueError for wrong shapes.
     """
-    logits = f(x)
+    logits = checked(f(x), x, y=y)
     nll = F.cross_entropy(logits, y)
     probability, predicted = logits.softmax(1).max(1)
     with torch.no_grad():
-        k = f(x_adv).argmax(1)
-    moved = k != predicted
+        y_adv = f(x_adv).argmax(1)
+    moved = y_adv != predicted
 
-    def mean_moved(value):  # by weights, not by boolean indexing: static shapes and no host read, for a CUDA graph
+    def mean_moved(value):  # a weighted mean: x[moved] would have to wait for a GPU, to learn how many there are
         return torch.where(moved, value, 0).sum() / moved.sum().clamp(min=1)
 
-    # The gradient of `fool` runs through D (whose weights stay put: train.minimise) and x_adv into the attack and f.
-    fool = mean_moved(F.softplus(-D(x_adv).gather(1, k[:, None]).squeeze(1)))
+    # The gradient of `fool` runs through D (whose weights stay put, see minimise) and x_adv into the attack and f.
+    fool = mean_moved(F.softplus(-checked(D(x_adv), x).gather(1, y_adv[:, None]).squeeze(1)))
     # The way back starts from x_adv as a constant, so this term trains A_f at x_adv. Its confidence is not detached,
     # as in the released code, so it trains f at x as well; detaching it changes this gradient by about a third.
     # Eq. 6 prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
@@ -120,62 +137,79 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
     return nll + lam * fool + lambda_rec * cycle, {name: part.detach() for name, part in parts.items()}
 
 
-# --- Eq. 7 and Algorithm 1: the attack ----------------------------------------------------------------------------
+# --- Eq. 7: one step of the attack --------------------------------------------------------------------------------
 
-def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box=None, create_graph=False):
-    """A_f(x; target), Algorithm 1: x_adv to which f gives the target's class a probability of at least C = confidence.
+def attack_step(f, x, target, confidence, create_graph=False):
+    """Eq. 7 at the point x: the shortest r_i that brings the target's probability to C, its logarithm linearised.
 
-    From r = 0, `steps` times, at x_i = x + (1 + overshoot) r, with p the target's probability at x_i, l = log p,
-    w = grad_x l, n = sqrt(eps + |w|^2) and eps = 1e-8:
-        r_i = (sqrt(eps) + |log C - l| / n) (w / n)     Eq. 7 is the length |log C - l| / |w|, w / |w| the direction
-        r  += r_i  prod_{j<=i} 1[p(x_j) < C]            an image that reached C stays where it is
+    r_i = (sqrt(eps) + |log C - l| / n) w / n,   l = log p,   w = grad_x l,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    x (N,...) images, target (N,), confidence in (0,1], a float or (N,); f any callable, images -> logits (N,K).
-    overshoot and sqrt(eps) take the linearised step across its goal. max_step cuts |r_i|_2, before the overshoot.
-    box = (low, high) clamps each x_i; then an image must also be classified as the target before it stops, and
-    leaves the computation when it does. The paper trains with 5 steps and tests with 500 of at most 0.1, in the box.
-
-    Returns x_adv (N,...), detached unless create_graph, in which case it carries a gradient to f's weights and to
-    confidence. An attack that fails keeps its last iterate. create_graph keeps `steps` passes of f in memory.
+    Eq. 7 prints the length |log C - l| / |w|; the direction is w / |w|. sqrt(eps) carries the step across its goal.
+    x (N,...) images, a constant here; target (N,); C = confidence in (0,1], a float or (N,); f any callable.
+    Returns r_i (N,...), p (N,) the target's probability at x, and f's logits (N,K) at x: detached, or with
+    create_graph differentiable functions of f's weights and of confidence. ValueError for wrong shapes and for a float
+    that is no probability. Works under torch.no_grad() and torch.inference_mode().
     """
-    x, eps = x.detach(), 1e-8
-    C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device).expand(len(x))
-    C = C if create_graph else C.detach()
-    x_adv, go = x, torch.ones_like(C)
+    eps = 1e-8
+    C = as_confidence(confidence, x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, target = x.clone().detach().requires_grad_(), target.clone()  # clones: tensors that autograd may keep
+        logits = checked(f(x), x, target=target)
+        l = -F.cross_entropy(logits, target, reduction="none")
+        # The gradient of the sum holds each image's own gradient. create_graph makes w differentiable in its turn:
+        # the paper's second-order derivative d2f / dx dw.
+        w, = torch.autograd.grad(l.sum(), x, create_graph=create_graph)
+    if not create_graph:
+        C, l, logits = C.detach(), l.detach(), logits.detach()
+    n = (eps + w.flatten(1).square().sum(1)).sqrt()
+    length = eps ** 0.5 + (C.log() - l).abs() / n
+    return per_image(length / n, w) * w, l.exp(), logits
+
+
+def as_confidence(confidence, x):
+    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type. ValueError if it is none."""
+    if not isinstance(confidence, torch.Tensor) and not 0 < confidence <= 1:
+        raise ValueError(f"confidence {confidence}, expected a probability in (0,1]")
+    C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
+    if C.shape not in ((), (len(x),)):
+        raise ValueError(f"confidence of shape {tuple(C.shape)}, expected a float or ({len(x)},)")
+    return C.expand(len(x))
+
+
+# --- Algorithm 1: the attack A_f ----------------------------------------------------------------------------------
+
+def below(p, C):
+    """1[p < C] (N,), with the gradient of sigmoid(C - p): the sigmoid-adjusted straight-through estimator."""
+    s = torch.sigmoid(C - p)
+    return s + (s.round() - s).detach()
+
+
+def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False):
+    """A_f(x; target), Algorithm 1: x_adv (N,...), to which f gives the target a probability of at least confidence.
+
+    From r = 0, `steps` times:   r += r_i 1[p(x_0) < C] ... 1[p(x_i) < C],   r_i by Eq. 7 at x_i = x + (1 + overshoot) r
+    x_adv = x + (1 + overshoot) r,   not clipped to [0,1]
+
+    x (N,...) images, target (N,) int64, C = confidence in (0,1], a float or (N,); f any callable, images -> logits
+    (N,K). An image that reached C stays where it is; an attack that fails keeps its last iterate. Detached unless
+    create_graph, in which case x_adv carries a gradient to f's weights and to confidence, and `steps` passes of f stay
+    in memory. ValueError as in attack_step. The form of the paper's tests is eval.high_confidence_attack.
+    """
+    x, C = x.detach(), as_confidence(confidence, x)
+    r, go = torch.zeros_like(x), torch.ones_like(C)
     for _ in range(steps):
-        live = slice(None) if box is None else go.nonzero().squeeze(1)
-        if box is not None and len(live) == 0:
-            break
         # Where the gradient stops. x_adv = x + (1 + overshoot) sum_i go_i r_i, and f's weights enter each summand in
         # two ways: through p, l and w, computed with the weights, and through the point x_i at which they are
         # computed, which the steps before it have reached with the same weights. We keep the first and cut the
         # second: x_i is detached, so each step is a differentiable function of the weights at a fixed point, and
         # the gradient of x_adv is the sum of the gradients of go_i r_i, each at its x_i. Keeping the second would
         # multiply every step's gradient with the Hessians of log p at all later points.
-        # w is itself a gradient; create_graph makes it differentiable, which is the paper's d2f / dx dw.
-        with torch.enable_grad():
-            x_i = x_adv[live].detach().requires_grad_()
-            logits = f(x_i)
-            l = -F.cross_entropy(logits, target[live], reduction="none")
-            w, = torch.autograd.grad(l.sum(), x_i, create_graph=create_graph)  # of a sum: each image its own
-        l, w = (l if create_graph else l.detach()), w.flatten(1)  # w (N,d)
-        n = (eps + w.square().sum(1)).sqrt()
-        r_i = ((eps ** 0.5 + (C[live].log() - l).abs() / n) / n)[:, None] * w
-        if max_step is not None:
-            r_i = r_i * (max_step / r_i.norm(dim=1, keepdim=True).clamp(min=max_step))
-        # The indicator 1[p < C] has no gradient. Sigmoid-adjusted straight-through estimator: its value is
-        # round(sigmoid(C - p)), its gradient is the sigmoid's.
-        s = torch.sigmoid(C[live] - l.exp())
-        below = s + (s.round() - s).detach()
-        if box is not None:
-            below = torch.where(logits.argmax(1) == target[live], below, 1)
-        go_i = go[live] * below
-        step = (1 + overshoot) * (go_i[:, None] * r_i).view_as(x_i)
-        if box is None:
-            go, x_adv = go_i, x_adv + step
-        else:
-            go, x_adv = go.index_copy(0, live, go_i), x_adv.index_copy(0, live, (x_adv[live] + step).clamp(*box))
-    return x_adv
+        x_i = (x + (1 + overshoot) * r).detach()
+        r_i, p, _ = attack_step(f, x_i, target, C, create_graph)
+        go = go * below(p, C)
+        r = r + per_image(go, x) * r_i
+    x_adv = x + (1 + overshoot) * r
+    return x_adv if create_graph else x_adv.detach()
 
 
 # --- Section 4: the attack's target and its confidence ------------------------------------------------------------
@@ -183,16 +217,30 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, max_step=None, box
 def boundaries(f, x, label):
     """The boundaries between label and every class k, f linearised at x (DeepFool, Moosavi-Dezfooli et al. 2016):
 
-    distance (N,K) |f_k - f_label| / |w_k|_2, infinite at k = label;   w (N,K,d) grad f_k - grad f_label
+    gap (N,K) f_label - f_k;   norm (N,K) |grad f_label - grad f_k|_2;   both 0 at k = label
+    w (N,...) grad f_k - grad f_label, of the class k whose boundary is closest: the direction towards it
+
+    x (N,...) images, label (N,) int64; f any callable, images -> logits (N,K). All detached. One gradient at a time,
+    so that memory does not grow with K. ValueError for wrong shapes.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = f(x)
-        w = torch.stack([torch.autograd.grad(logits[:, k].sum(), x, retain_graph=True)[0].flatten(1)
-                         for k in range(logits.shape[1])], 1)
-    logits, w = logits.detach(), w - w[torch.arange(len(x), device=x.device), label][:, None]
-    distance = (logits - logits.gather(1, label[:, None])).abs() / w.norm(dim=2).clamp(min=1e-12)
-    return distance.scatter(1, label[:, None], float("inf")), w
+    with torch.inference_mode(False), torch.enable_grad():
+        x, label = x.clone().detach().requires_grad_(), label.clone()
+        logits = checked(f(x), x, label=label)
+        difference = logits - logits.gather(1, label[:, None])  # f_k - f_label
+        gap, norms = -difference.detach(), []
+        w, shortest = torch.zeros_like(x), torch.full_like(gap[:, 0], torch.inf)
+        for k in range(logits.shape[1]):
+            w_k, = torch.autograd.grad(difference[:, k].sum(), x, retain_graph=True)
+            norms.append(w_k.flatten(1).norm(dim=1))
+            distance = boundary_distance(gap[:, k], norms[k]).masked_fill(label == k, torch.inf)
+            closer = distance < shortest
+            w, shortest = torch.where(per_image(closer, x), w_k, w), torch.where(closer, distance, shortest)
+    return gap, torch.stack(norms, 1), w.detach()
+
+
+def boundary_distance(gap, norm):
+    """gap / norm, the distances to the boundaries of boundaries(); at the label itself it is none: 0."""
+    return gap.abs() / norm.clamp(min=1e-12)
 
 
 def closest_class(f, x, label):
@@ -200,9 +248,18 @@ def closest_class(f, x, label):
 
     argmin_{k != label} |f_k(x) - f_label(x)| / |grad f_k(x) - grad f_label(x)|_2
 
-    x (N,...) images, label (N,): in training the class that f predicts. f any callable, images -> logits (N,K).
+    x (N,...) images, label (N,) int64: in training the class that f predicts. f any callable, images -> logits (N,K).
     """
-    return boundaries(f, x, label)[0].argmin(1)
+    gap, norm, _ = boundaries(f, x, label)
+    return boundary_distance(gap, norm).scatter(1, label[:, None], torch.inf).argmin(1)
+
+
+def uniform_class(f, x, label):
+    """The paper's alternative: a class (N,) other than label, sampled from the masked uniform distribution. Arguments
+    as of closest_class; f says how many classes there are."""
+    with torch.no_grad():
+        num_classes = checked(f(x), x, label=label).shape[1]
+    return (label + torch.randint_like(label, 1, num_classes)) % num_classes
 
 
 class RunningConfidence(nn.Module):
@@ -219,11 +276,58 @@ class RunningConfidence(nn.Module):
     @torch.no_grad()
     def update(self, logits):
         """mean[k] <- 0.5 mean[k] + 0.5 (mean probability of k over the images predicted as k), from natural images'
-        logits (N,K). A class that no image is predicted as keeps its value."""
-        probability, label = logits.softmax(1).max(1)
-        is_k = label[:, None] == torch.arange(len(self.mean), device=label.device)  # (N,K)
-        batch_mean = (is_k * probability[:, None]).sum(0) / is_k.sum(0).clamp(min=1)
+        logits (N,K). A class that no image is predicted as keeps its value; rows that are not finite are left out."""
+        if logits.dim() != 2 or logits.shape[1] != len(self.mean):
+            raise ValueError(f"logits of shape {tuple(logits.shape)}, expected (N, {len(self.mean)})")
+        probability, predicted = logits.softmax(1).max(1)
+        classes = torch.arange(len(self.mean), device=logits.device)
+        is_k = (predicted[:, None] == classes) & probability.isfinite()[:, None]  # (N,K)
+        batch_mean = torch.where(is_k, probability[:, None], 0).sum(0) / is_k.sum(0).clamp(min=1)
         self.mean.copy_(torch.where(is_k.any(0), 0.5 * self.mean + 0.5 * batch_mean, self.mean))
+
+
+# --- Section 4: alternating minimisation of Eq. 4 and Eq. 5 -------------------------------------------------------
+
+def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lambda_grad=10.0, steps=5,
+               choose_target=closest_class):
+    """One training step of the classifier f and the critic D on a batch, in place.
+
+    x (N,...) images in [0,1], y (N,) int64 labels; confidence a RunningConfidence, which learns from x; adam_f and
+    adam_D optimisers, of f's and of D's parameters: those of them are trained that require a gradient. lam, lambda_rec
+    and lambda_grad weigh Eqs. 5, 6 and the penalty of Eq. 4; steps are those of the attack, choose_target(f, x, label)
+    names its target. f must treat each image alone, and as often as it is called, which is more than a dozen times: no
+    batch norm or dropout in training mode. D is called in the mode that it is in, where its noise should be on.
+
+    Returns a dict of detached scalars: nll, fool, cycle, success as classifier_loss has them, and critic, Eq. 4.
+    Nothing is read back to the host. Errors as critic_loss, classifier_loss and attack have them.
+    """
+    with torch.no_grad():
+        logits = checked(f(x), x, y=y)
+    confidence.update(logits)
+    target = choose_target(f, x, logits.argmax(1))
+    # The attack is computed once. The critic sees its images, the classifier also differentiates through it.
+    x_adv = attack(f, x, target, confidence.mean[target], steps, create_graph=True)
+    with torch.no_grad():
+        y_adv = f(x_adv).argmax(1)
+
+    # Critic, Eq. 4: maximise log D_y(x) + log(1 - D_y_adv(x_adv)), with the gradient norm penalty.
+    loss_D = critic_loss(D, x, y, x_adv, y_adv, lambda_grad)
+    minimise(loss_D, adam_D)
+
+    # Classifier, Eq. 5 + Eq. 6: minimise NLL - lam log D_y_adv(x_adv) + lambda_rec |A_f(x_adv) - x|^2.
+    loss_f, parts = classifier_loss(f, D, x, y, x_adv, lam, lambda_rec, steps)
+    minimise(loss_f, adam_f)
+    return {**parts, "critic": loss_D.detach()}
+
+
+def minimise(loss, optimizer):
+    """One step of optimizer, on those of its parameters that require a gradient. No other tensor gets a gradient: each
+    player's loss moves this player alone."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    optimizer.zero_grad()
+    if trained:
+        loss.backward(inputs=trained)
+    optimizer.step()
 
 
 # --- Section 5: the two classifiers -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import http.client
 import io
 import math
 import os
+import secrets
 import struct
 import sys
 import urllib.request
@@ -39,7 +40,7 @@ def load_mnist(data_dir=None, mirrors=MIRRORS):
     int64, x_test (10000,1,28,28), y_test (10000,). Raises ValueError where a file does not hold exactly the
     published bytes, OSError where one is missing and no mirror has it.
     """
-    data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data")
+    data_dir = Path(os.path.expanduser(data_dir or os.environ.get("MNIST_DIR") or "data"))
     if data_dir.exists() and not data_dir.is_dir():
         raise NotADirectoryError(f"{data_dir} is not a folder: expected that of MNIST's four files")
     tensors = []
@@ -94,7 +95,7 @@ def download(data_dir, name, shape, sha256, mirrors):
             failures.append(f"  {mirror}: {error}")
             continue
         data_dir.mkdir(parents=True, exist_ok=True)
-        part = data_dir / f"{name}.gz.{os.getpid()}.part"
+        part = data_dir / f"{name}.gz.{secrets.token_hex(8)}.part"  # of this download alone
         try:
             part.write_bytes(archive)
             part.replace(data_dir / f"{name}.gz")

@@ -1,14 +1,19 @@
-"""How robust is a trained classifier? Tables 1 and 2, Figures 2 and 4, and two checks that the robustness is real.
+"""How robust is a trained classifier? The attacks of the paper and DDN, its Tables 1 and 2, its Figures 2 and 4.
 
     python eval.py results/lenet-critic.pt          500 images in 2 min 23 s on two CPU cores
-    python eval.py runs/*.pt --n 100 --attacks deepfool,cw,own,ddn --figures results --json results/all.json
+    python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
 Prints the tables, the paper's values in brackets: a line for each defense and network, with mean±standard deviation
 over checkpoints that differ only in the seed. The attacks are functions of any classifier f, images x and labels y.
 """
 import argparse
+import functools
+import glob
+import html
+import inspect
 import json
 import math
+import os
 import struct
 import sys
 import time
@@ -24,13 +29,353 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import attack, boundaries, closest_class, lenet, mlp
+from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, lenet, mlp,
+                       per_image)
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
 DATA = ("mnist", "strokes")
 
 
-# --- The classifiers ----------------------------------------------------------------------------------------------
+# --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
+
+def wide(x):
+    """x in float32 at least, so that sums over half precision are right."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def l2(v):
+    """|v|_2 of each image: v (N,...) -> (N,)."""
+    return wide(v).flatten(1).norm(dim=1)
+
+
+def rho(x, x_adv):
+    """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
+    norm = l2(x)
+    return torch.where(norm > 0, l2(wide(x_adv) - wide(x)) / norm, torch.nan)
+
+
+# --- What holds for every attack ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def logits(f, x):
+    """f(x) (N,K), computed in parts that fit into memory."""
+    return torch.cat([checked(f(part), part) for part in x.split(500)])
+
+
+def predicted(logits):
+    """The class (N,) of the largest logit of each row; -1, no class, where this is infinite or not a number."""
+    largest, label = logits.max(1)
+    return torch.where(largest.isfinite(), label, -1)
+
+
+def check_images(x):
+    """ValueError unless x holds floating-point images (N,...) in [0,1]."""
+    if not x.is_floating_point() or x.dim() < 2:
+        raise ValueError(f"x: {x.dtype} of shape {tuple(x.shape)}, expected floating-point images (N,...) in [0,1]")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
+
+
+def check_labels(name, y, n, num_classes):
+    """ValueError unless y holds n integers in [0, num_classes)."""
+    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"{name}: {y.dtype} of shape {tuple(y.shape)}, expected integers of shape ({n},)")
+    if n and not 0 <= y.min() <= y.max() < num_classes:
+        raise ValueError(f"{name}: values from {y.min()} to {y.max()}, expected classes 0 to {num_classes - 1}")
+
+
+def image_attack(targeted):
+    """Decorates an attack method(f, x, y, ...), or with targeted method(f, x, target, ...), with what holds for all:
+
+    - f is any callable, images -> logits (N,K), that treats each image by itself (eval mode for batch norm and
+      dropout); x (N,...) floating-point images in [0,1], y integers (N,). ValueError says what is not so, also where a
+      logit at x is not finite (as target a class of -inf will do). An empty batch gives an empty one.
+    - nothing is changed: x, f's mode, weights and their gradients; it works in no_grad and inference mode.
+    - the attack computes in float32 at least. f gets images in x's type, and success is judged on those.
+    - x_adv (N,...) in [0,1], of x's type, detached. What was not y to begin with, and what the attack did not turn
+      into another class, comes back as x. With targeted only what is not finite does.
+    """
+    def decorate(method):
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        def attack(*args, **kwargs):
+            options = signature.bind(*args, **kwargs).arguments
+            name = list(signature.parameters)[2]
+            f, x, y = options.pop("f"), options.pop("x"), options.pop(name)
+            with torch.inference_mode(False), torch.no_grad():
+                check_images(x)
+                x, y = x.clone(), y.clone()  # outside inference mode, so that autograd may keep them
+                if len(x) == 0:
+                    return x
+                f_x = checked(f(x), x)
+                check_labels(name, y, *f_x.shape)
+                if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
+                    raise ValueError("f: its logits at x are not finite")
+                y = y.long()
+                start = torch.full_like(y, True, dtype=torch.bool) if targeted else f_x.argmax(1) == y
+                x_adv = wide(x).clone()
+                if start.any():
+                    x_adv[start] = method(lambda some: wide(f(some.to(x.dtype))), x_adv[start], y[start], **options)
+                x_adv = x_adv.clamp(0, 1).to(x.dtype)
+                done = x_adv.isfinite().flatten(1).all(1) if targeted else fooled(f, x_adv, y)
+                return torch.where(per_image(done, x), x_adv, x)
+        return attack
+    return decorate
+
+
+def fooled(f, x_adv, y):
+    """True (N,) where f classifies x_adv, with a finite logit, as another class than y."""
+    label = predicted(logits(f, x_adv))
+    return (label != y) & (label >= 0)
+
+
+def unit(v):
+    """v (N,...) divided by its l2 length, image by image."""
+    return v / per_image(l2(v).clamp(min=1e-12), v)
+
+
+# --- The attacks --------------------------------------------------------------------------------------------------
+
+@image_attack(targeted=False)
+def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
+    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016), to the closest boundary, the class chosen anew at
+    each step:
+
+    r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
+
+    until x_adv = clamp(x + (1 + overshoot) r) is not classified as y; r is taken back from the clamped image. The
+    1e-4 makes the step cross the boundary on which it would end. max_step=0.1 is the paper's, None takes full steps.
+    Arguments, errors and x_adv as image_attack says; steps is the most that are taken.
+    """
+    x_adv, r, live = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        if len(live) == 0:
+            break
+        gap, norm, w = boundaries(f, (x + r)[live], y[live])
+        length = boundary_distance(gap, norm).scatter(1, y[live, None], torch.inf).amin(1)
+        if max_step is not None:
+            length = length.clamp(max=max_step)
+        r_i = per_image(length + 1e-4, w) * unit(w)
+        x_i = (x[live] + (1 + overshoot) * (r[live] + r_i)).clamp(0, 1)
+        x_adv[live] = x_i
+        r[live] = (x_i - x[live]) / (1 + overshoot)
+        live = live[f(x_i).argmax(1) == y[live]]
+    return x_adv
+
+
+@image_attack(targeted=False)
+def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
+    """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
+
+    |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
+
+    from w = atanh(0.999999 (2x - 1)): without the factor a pixel of 0 or 1 has no gradient. c begins at 1e-3; after
+    each of the search steps it is bisected, or multiplied by 10 as long as no c has fooled f. An image leaves a
+    search step once a fortieth of the steps has not lowered its own best loss by 0.1%; in the first half only if this
+    loss has fallen before: a pixel of 0 or 1 needs hundreds of steps to come out of where tanh is flat.
+    Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
+    """
+    x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: |x_adv - x|^2
+    low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, torch.inf))
+    for _ in range(search_steps):
+        live, found = torch.arange(len(x), device=x.device), torch.zeros_like(y, dtype=torch.bool)
+        w = (0.999999 * (2 * x - 1)).atanh()
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        best = last = torch.full_like(c, torch.inf)
+        for step in range(1, steps + 1):
+            with torch.enable_grad():
+                w.requires_grad_()
+                x_i = (w.tanh() + 1) / 2
+                f_x, label = f(x_i), y[live, None]
+                gap = (f_x.gather(1, label) - f_x.scatter(1, label, -torch.inf).amax(1, True)).squeeze(1)
+                square = (x_i - x[live]).flatten(1).square().sum(1)
+                loss = square + c[live] * gap.clamp(min=0)
+                grad, = torch.autograd.grad(loss.sum(), w)
+            found[live] |= gap < 0
+            closer = (gap < 0) & (square < shortest[live])
+            x_adv[live] = torch.where(per_image(closer, x), x_i, x_adv[live])
+            shortest[live] = torch.where(closer, square, shortest[live])
+            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad.square()  # Adam
+            w = w.detach() - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
+            best = torch.minimum(best, loss)
+            if step == 1:
+                first = loss
+            if step % max(1, steps // 40) == 0:
+                falling = best < 0.999 * last
+                not_begun = (best > 0.995 * first) & (step < steps / 2)
+                going = falling | not_begun
+                live, w, m, v, first, best = (part[going] for part in (live, w, m, v, first, best))
+                last = best
+                if len(live) == 0:
+                    break
+        low, high = torch.where(found, low, c), torch.where(found, c, high)
+        c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
+    return x_adv
+
+
+@image_attack(targeted=False)
+def ddn(f, x, y, steps=1000):
+    """The l2 attack by decoupled direction and norm (Rony et al. 2019). From r = 0 and length 1, in each step:
+
+    r += alpha g / |g|,   g = grad NLL(f(x + r), y),   alpha from 1 to 0.01 along a cosine
+    length *= 0.95 if f(x + r) was not y, else 1.05;   r is set to this length, then x + r clamped to [0,1].
+    Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
+    """
+    x_adv, r, y = x.clone(), torch.zeros_like(x), y[:, None]
+    length, shortest = x.new_ones(len(x)), x.new_full((len(x),), torch.inf)
+    for step in range(steps):
+        with torch.enable_grad():
+            x_i = (x + r).requires_grad_()
+            f_x = f(x_i)
+            # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
+            f_y, others = f_x.gather(1, y), f_x.scatter(1, y, -torch.inf)
+            grad, = torch.autograd.grad((others.logsumexp(1, True) - f_y).sum(), x_i)
+        fooled, norm = (others.amax(1, True) > f_y).squeeze(1), l2(r)
+        closer = fooled & (norm < shortest)
+        x_adv, shortest = torch.where(per_image(closer, x), x_i, x_adv), torch.where(closer, norm, shortest)
+        alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+        length = torch.where(fooled, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
+        r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
+    return x_adv.detach()
+
+
+@image_attack(targeted=True)
+def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
+    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
+    classifies x_adv as the target with a probability of at least confidence.
+
+    x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
+
+    target integers (N,); confidence in (0,1], a float or (N,); max_step None takes full steps; steps is the most that
+    are taken. An attack that fails keeps its last iterate. Other arguments, errors and x_adv as image_attack says.
+    """
+    C = as_confidence(confidence, x)
+    if not ((C > 0) & (C <= 1)).all():
+        raise ValueError(f"confidence: values from {C.min():.7g} to {C.max():.7g}, expected probabilities in (0,1]")
+    x_adv, live = x.clone(), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        r_i, p, logits = attack_step(f, x_adv[live], target[live], C[live])
+        going = (p < C[live]) | (logits.argmax(1) != target[live])
+        live, r_i = live[going], r_i[going]
+        if len(live) == 0:
+            break
+        if max_step is not None:
+            r_i = per_image(l2(r_i).clamp(max=max_step), r_i) * unit(r_i)
+        x_adv[live] = (x_adv[live] + (1 + overshoot) * r_i).clamp(0, 1)
+    return x_adv
+
+
+@image_attack(targeted=False)
+def paper_attack(f, x, y):
+    """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
+    and to the confidence that f has at x.
+
+    Arguments and errors as image_attack says. x_adv also where it is classified as the target but did not reach the
+    confidence; x where it is not classified as the target.
+    """
+    target = closest_class(f, x, y)
+    x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
+    return torch.where(per_image(f(x_adv).argmax(1) == target, x), x_adv, x)
+
+
+ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "paper": paper_attack, "ddn": ddn}
+
+
+# --- Measuring a classifier ---------------------------------------------------------------------------------------
+
+def percent(which):
+    """The share of True, in percent."""
+    return 100 * which.double().mean().item()
+
+
+def error_rate(f, x, y):
+    """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
+    f_x = logits(f, x)
+    check_labels("y", y, *f_x.shape)
+    return percent(predicted(f_x) != y) / 100
+
+
+def mean_rho(x, length):
+    """Eq. 8 from the lengths (N,) of the perturbations, without infinite ones and without black images."""
+    ratio = length / l2(x)
+    return ratio[ratio.isfinite()].mean().item()
+
+
+def measure(f, x, y, method, label=None):
+    """Attacks the images x with method(f, x, y); with a label it shows its progress on a terminal. A dict:
+
+    x_adv    (N,...) what method returned; all that follows is found from it alone
+    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv is still classified as y
+    rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
+    """
+    start, parts = time.perf_counter(), []
+    show = label is not None and sys.stderr.isatty()
+    for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
+        if show:
+            done, seconds = some[0].item(), time.perf_counter() - start
+            left = f", {seconds * (len(x) / done - 1):.0f} s left" if done else ""
+            print(f"\r{label}: {done} of {len(x)} images{left}\033[K", end="", file=sys.stderr, flush=True)
+        parts.append(method(f, x[some], y[some]))
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    x_adv = torch.cat(parts)
+    length = l2(wide(x_adv) - wide(x))
+    done = fooled(f, x_adv, y) & length.isfinite()
+    length = torch.where(done, length, torch.inf)
+    return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=(~done).sum().item(),
+                seconds=time.perf_counter() - start)
+
+
+def vote(x, x_train, y_train, k=5):
+    """The class (N,) of images x by the vote of their k nearest training images in l2; ties go to the nearest."""
+    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device)
+    nearest = torch.cat([torch.cdist(part.flatten(1), x_train.flatten(1)).topk(k, largest=False).indices
+                         for part in x.split(250)])
+    return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
+
+
+LENGTHS = (1.0, 1.25, 1.5)  # of perturbations, at which the accuracy is told
+
+
+def evaluate(f, x, y, attacks, x_train, y_train, label):
+    """What the tables say of f on the images x, y under the named attacks: a dict of figures by the tables' headings.
+    "worst" is of the smallest perturbation of each image that any attack but the paper's found, and "length" (N,) are
+    the lengths of these, infinite where all failed."""
+    runs = {name: measure(f, x, y, ATTACKS[name], f"{label} {name}") for name in attacks}
+    row = {name: run["rho"] for name, run in runs.items()}
+    row["failed"] = [run["failed"] for run in runs.values()]
+    row["seconds"] = [run["seconds"] for run in runs.values()]
+    smallest = [run["length"] for name, run in runs.items() if name != "paper"]
+    if smallest:
+        worst = torch.stack(smallest).amin(0)
+        row["length"], row["worst"] = worst, mean_rho(x, worst)
+        row["all failed"] = worst.isinf().sum().item()
+        for length in LENGTHS:
+            row[f"at {length} %"] = percent(worst > length)
+        if "ddn" in runs and len(smallest) > 1:
+            found = runs["ddn"]["length"].isfinite()
+            alone = mean_rho(x[found], runs["ddn"]["length"][found])
+            row["shorter than ddn %"] = 100 * (1 - mean_rho(x[found], worst[found]) / alone) if alone > 0 else math.nan
+    if "paper" in runs:
+        row.update(compare_with_neighbours(f, x, y, runs["paper"], x_train, y_train))
+    return row
+
+
+def compare_with_neighbours(f, x, y, run, x_train, y_train):
+    """Table 2 by a vote of the nearest training images, on the images that f gets right and the paper's attack moved
+    to its target; and two controls of this vote: the clean images, and random noise of the same length."""
+    moved = (predicted(logits(f, x)) == y) & run["length"].isfinite()
+    x, x_adv, y = x[moved], run["x_adv"][moved], y[moved]
+    before, after = (logits(f, images).softmax(1).max(1) for images in (x, x_adv))
+    noise = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)) * per_image(l2(x_adv - x), x)
+    voted, clean, noisy = (vote(images, x_train, y_train) for images in (x_adv, x, x + noise))
+    return {"looks like target %": percent(voted == after.indices), "looks like original %": percent(voted == y),
+            "clean error %": percent(clean != y), "noise: original %": percent(noisy == y), "images": [len(y)],
+            "reached %": percent(after.values >= before.values - 1e-6)}
+
+
+# --- Networks and checkpoints -------------------------------------------------------------------------------------
 
 class ConvPool(nn.Module):
     """A Conv2d(1, 32, 5) and then MaxPool2d(2), for a CPU: (N,1,28,28) -> (N,32,12,12); a training step of LeNet takes
@@ -56,242 +401,6 @@ def network(arch, device="cpu"):
         f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
 
-
-# --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
-
-def rho(x, x_adv):
-    """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
-    norm = x.flatten(1).norm(dim=1)
-    return torch.where(norm > 0, (x_adv - x).flatten(1).norm(dim=1) / norm, torch.nan)
-
-
-# --- The attacks: images x (N,...) in [0,1], labels y (N,) -> x_adv (N,...) in [0,1] ------------------------------
-
-def per_image(value, x):
-    """value (N,) in a shape that multiplies and selects images x (N,...)."""
-    return value.view(-1, *[1] * (x.dim() - 1))
-
-
-def unit(v):
-    """v (N,...) divided by its l2 length, image by image."""
-    return v / per_image(v.flatten(1).norm(dim=1).clamp(min=1e-12), v)
-
-
-def where_fooled(f, x, y, x_adv):
-    """x_adv where f does not classify it as y, x elsewhere: what an attack promises is checked on what it returns."""
-    return torch.where(per_image(f(x_adv).argmax(1) != y, x), x_adv, x)
-
-
-@torch.no_grad()
-def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
-    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016), to the closest boundary, the class chosen anew at
-    each step:
-
-    r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
-
-    until x_adv = clamp(x + (1 + overshoot) r) is not classified as y; r is taken back from the clamped image. The
-    1e-4 makes the step cross the boundary on which it would end. max_step=0.1 is the paper's, None takes full steps.
-    Returns x_adv, detached; x itself where f is wrong at x, and where the attack fails.
-    """
-    x = x.detach()
-    x_adv, r = x.clone(), torch.zeros_like(x)
-    live = (f(x).argmax(1) == y).nonzero().squeeze(1)
-    for _ in range(steps):
-        if len(live) == 0:
-            break
-        distance, w = boundaries(f, (x + r)[live], y[live])
-        length, k = distance.min(1)
-        if max_step is not None:
-            length = length.clamp(max=max_step)
-        w = w[torch.arange(len(live), device=x.device), k]
-        r_i = ((length + 1e-4) / w.norm(dim=1).clamp(min=1e-12))[:, None] * w
-        x_i = (x[live] + (1 + overshoot) * (r[live] + r_i.view_as(x[live]))).clamp(0, 1)
-        x_adv[live], r[live] = x_i, (x_i - x[live]) / (1 + overshoot)
-        live = live[f(x_i).argmax(1) == y[live]]
-    x_adv[live] = x[live]
-    return x_adv
-
-
-@torch.no_grad()
-def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
-    """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
-
-    |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
-
-    from w = atanh(0.999999 (2x - 1)): without the factor a pixel of 0 or 1 has no gradient. c begins at 1e-3; after
-    each of the search steps it is bisected, or multiplied by 10 as long as no c has fooled f. An image leaves a
-    search step once a fortieth of the steps has not lowered its own best loss by 0.1%; in the first half only if this
-    loss has fallen before: a pixel of 0 or 1 needs hundreds of steps to come out of where tanh is flat.
-    Returns the closest x_adv that fooled f, detached; x itself where f is wrong at x, and where the attack fails.
-    """
-    x = x.detach()
-    x_adv, shortest = x.clone(), x.new_full((len(x),), math.inf)  # shortest: |x_adv - x|^2
-    low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, math.inf))
-    right = (f(x).argmax(1) == y).nonzero().squeeze(1)
-    for _ in range(search_steps):
-        live, found = right, torch.zeros_like(y, dtype=torch.bool)
-        w = (0.999999 * (2 * x[live] - 1)).atanh()
-        m, v = torch.zeros_like(w), torch.zeros_like(w)
-        first = best = last = torch.full_like(c[live], math.inf)
-        for step in range(1, steps + 1):
-            with torch.enable_grad():
-                w.requires_grad_()
-                x_i = (w.tanh() + 1) / 2
-                f_x, label = f(x_i), y[live, None]
-                gap = (f_x.gather(1, label) - f_x.scatter(1, label, -math.inf).amax(1, True)).squeeze(1)
-                square = (x_i - x[live]).flatten(1).square().sum(1)
-                loss = square + c[live] * gap.clamp(min=0)
-                grad, = torch.autograd.grad(loss.sum(), w)
-            found[live] |= gap < 0
-            closer = (gap < 0) & (square < shortest[live])
-            x_adv[live] = torch.where(per_image(closer, x), x_i, x_adv[live])
-            shortest[live] = torch.where(closer, square, shortest[live])
-            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad.square()  # Adam
-            w = w.detach() - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
-            best, first = torch.minimum(best, loss), loss if step == 1 else first
-            if step % max(1, steps // 40) == 0:
-                go_on = (best < 0.999 * last) | (best > 0.995 * first) & (step < steps / 2)
-                live, w, m, v, first, best, last = (part[go_on] for part in (live, w, m, v, first, best, best))
-                if len(live) == 0:
-                    break
-        low, high = torch.where(found, low, c), torch.where(found, c, high)
-        c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
-    return where_fooled(f, x, y, x_adv)
-
-
-@torch.no_grad()
-def ddn(f, x, y, steps=1000):
-    """The l2 attack by decoupled direction and norm (Rony et al. 2019). From r = 0 and length 1, in each step:
-
-    r += alpha g / |g|,   g = grad NLL(f(x + r), y),   alpha from 1 to 0.01 along a cosine
-    length *= 0.95 if f(x + r) was not y, else 1.05;   r is set to this length, then x + r clamped to [0,1].
-    Returns the closest x_adv that fooled f, detached; x itself where f is wrong at x, and where the attack fails.
-    """
-    x, y = x.detach(), y[:, None]
-    x_adv, r = x.clone(), torch.zeros_like(x)
-    length, shortest = x.new_ones(len(x)), x.new_full((len(x),), math.inf)
-    for step in range(steps):
-        with torch.enable_grad():
-            x_i = (x + r).requires_grad_()
-            f_x = f(x_i)
-            # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
-            f_y, others = f_x.gather(1, y), f_x.scatter(1, y, -math.inf)
-            grad, = torch.autograd.grad((others.logsumexp(1, True) - f_y).sum(), x_i)
-        fooled, norm = (others.amax(1, True) > f_y).squeeze(1), r.flatten(1).norm(dim=1)
-        closer = fooled & (norm < shortest)
-        x_adv, shortest = torch.where(per_image(closer, x), x_i, x_adv), torch.where(closer, norm, shortest)
-        alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-        length = torch.where(fooled, 0.95 * length, 1.05 * length).clamp(max=x.flatten(1).shape[1] ** 0.5)
-        r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
-    return where_fooled(f, x, y.squeeze(1), x_adv.detach())
-
-
-IN_THE_TEST = dict(steps=500, overshoot=0.02, max_step=0.1, box=(0, 1))
-
-
-@torch.no_grad()
-def own(f, x, y):
-    """The paper's own attack in its test protocol (Section 5): the target is the class closest to x, the confidence
-    that of f at x, at most 500 steps of length at most 0.1, each projected to [0,1].
-    Returns x_adv, detached, also where it is classified as the target but did not reach the confidence; x itself
-    where f is wrong at x, and where the attack does not end in its target.
-    """
-    probability, label = f(x).softmax(1).max(1)
-    target, right = closest_class(f, x, y), (label == y).nonzero().squeeze(1)
-    x_adv = x.detach().clone()
-    x_adv[right] = attack(f, x[right], target[right], probability[right], **IN_THE_TEST)
-    return torch.where(per_image(f(x_adv).argmax(1) == target, x), x_adv, x)
-
-
-ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "own": own, "ddn": ddn}
-
-
-# --- Measuring a classifier ---------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def logits(f, x):
-    """f(x), computed in parts that fit into memory."""
-    return torch.cat([f(part) for part in x.split(500)])
-
-
-def error_rate(f, x, y):
-    """The share of the images x that f does not classify as y, a float in [0,1]."""
-    return percent(logits(f, x).argmax(1) != y) / 100
-
-
-def percent(which):
-    """The share of True, in percent."""
-    return 100 * which.double().mean().item()
-
-
-def mean_rho(x, length):
-    """Eq. 8 from the lengths (N,) of the perturbations, without infinite ones and without black images."""
-    ratio = length / x.flatten(1).norm(dim=1)
-    return ratio[ratio.isfinite()].mean().item()
-
-
-def measure(f, x, y, method, label=None):
-    """Attacks the images x with method(f, x, y); with a label it shows its progress on a terminal. A dict:
-
-    x_adv    (N,...) what method returned; all that follows is found from it alone
-    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv is still classified as y
-    rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
-    """
-    start, parts, show = time.perf_counter(), [], label and sys.stderr.isatty()
-    for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
-        if show:
-            done, seconds = some[0].item(), time.perf_counter() - start
-            left = f", {seconds * (len(x) / done - 1):.0f} s left" if done else ""
-            print(f"\r{label}: {done} of {len(x)} images{left}\033[K", end="", file=sys.stderr, flush=True)
-        parts.append(method(f, x[some], y[some]))
-    print("\r\033[K" * bool(show), end="", file=sys.stderr, flush=True)
-    x_adv = torch.cat(parts)
-    length = (x_adv - x).flatten(1).norm(dim=1)
-    fooled = (logits(f, x_adv).argmax(1) != y) & length.isfinite()
-    length, failed = torch.where(fooled, length, math.inf), (~fooled).sum().item()
-    return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=failed, seconds=time.perf_counter() - start)
-
-
-def vote(x, x_train, y_train, k=5):
-    """The class (N,) of images x by the vote of their k nearest training images in l2; ties go to the nearest."""
-    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device)
-    nearest = torch.cat([torch.cdist(part.flatten(1), x_train.flatten(1)).topk(k, largest=False).indices
-                         for part in x.split(250)])
-    return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
-
-
-def evaluate(f, x, y, attacks, x_train, y_train, label):
-    """What the tables say of f on the images x, y under the named attacks: a dict of figures by the tables' headings,
-    and as "length" (N,) the lengths of DDN's perturbations."""
-    right = logits(f, x).argmax(1) == y
-    runs = {name: measure(f, x, y, ATTACKS[name], f"{label} {name}") for name in attacks}
-    row = {name: run["rho"] for name, run in runs.items()}
-    row |= {key: [run[key] for run in runs.values()] for key in ("failed", "seconds")}
-    if lengths := [run["length"] for name, run in runs.items() if name != "own"]:
-        worst = torch.stack(lengths).amin(0)
-        row |= {"worst": mean_rho(x, worst), "at 1.5 %": percent(worst > 1.5)}
-    if "own" in runs:  # Table 2, on the images that f gets right and the attack moved to its target
-        moved = right & runs["own"]["length"].isfinite()
-        x_0, x_1, y_0 = x[moved], runs["own"]["x_adv"][moved], y[moved]
-        before, after = (logits(f, images).softmax(1).max(1) for images in (x_0, x_1))
-        noise = unit(torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x))
-        noise *= per_image((x_1 - x_0).flatten(1).norm(dim=1), x)
-        voted, clean, noisy = (vote(images, x_train, y_train) for images in (x_1, x_0, x_0 + noise))
-        row |= {"change %": percent(voted == after.indices), "no change %": percent(voted == y_0),
-                "clean error %": percent(clean != y_0), "noise: no change %": percent(noisy == y_0),
-                "images": [len(y_0)], "reached %": percent(after.values >= before.values - 1e-6)}
-    if "ddn" in runs:  # signs of masked gradients
-        row["length"] = length = runs["ddn"]["length"]
-        row["failed %"], first = percent(length.isinf()), length[:100]
-        more = measure(f, x[:100], y[:100], lambda f, x, y: ddn(f, x, y, steps=2000), f"{label} ddn, 2,000 steps")
-        more, first = more["length"] + 0 * first, first + 0 * more["length"]  # nan, so left out, where either failed
-        row["gain %"] = 100 * (1 - mean_rho(x[:100], more) / (mean_rho(x[:100], first) or math.nan))
-        if "deepfool" in runs:
-            row["half %"] = percent((length < runs["deepfool"]["length"] / 2)[right])
-    return row
-
-
-# --- Checkpoints --------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
     """The dict in a checkpoint of train.py, on the CPU, with its settings and finite weights of f at least. Runs no
@@ -326,8 +435,8 @@ def load_checkpoint(path, device="cpu"):
 
 # --- Tables 1 and 2 -----------------------------------------------------------------------------------------------
 
-PAPER_COLUMNS = ("test error %", "deepfool", "cw", "own", "change %", "no change %")
-PAPER = {  # its values, in this order
+PUBLISHED_COLUMNS = ("test error %", "deepfool", "cw", "paper", "looks like target %", "looks like original %")
+PUBLISHED = {  # the paper's values, in this order
     "mlp reference": (1.46, .131, .124, .173, 0.57, 98.74), "lenet reference": (0.64, .157, .148, .207, 2.54, 96.53),
     "mlp at": (0.90, .228, .210, .299, 19.02, 77.21), "lenet at": (0.55, .215, .191, .286, 19.1, 75.94),
     "mlp vat": (0.84, .244, .215, .355, 35.08, 59.68), "lenet vat": (0.60, .225, .195, .330, 26.8, 67.73),
@@ -335,11 +444,12 @@ PAPER = {  # its values, in this order
     "mlp critic": (1.18, .290, .272, .575, 87.99, 9.86), "lenet critic": (0.93, .288, .278, .590, 92.29, 6.51)}
 
 
-def print_table(groups, names):
-    """A line for each group of rows: its name and seeds, and the figures of these names, the paper's in brackets."""
-    lines = [["", "seeds", *(name + " (paper)" * (name in PAPER_COLUMNS) for name in names)]]
+def table(groups, names):
+    """Lines of text, one for each group of rows: its name and seeds, and the figures of these names, the paper's in
+    brackets."""
+    cells = [["", "seeds", *(f"{name} (paper)" if name in PUBLISHED_COLUMNS else name for name in names)]]
     for group in groups:
-        lines.append([group[0]["name"], str(len(group))])
+        cells.append([group[0]["name"], str(len(group))])
         for name in names:
             values = torch.tensor([row[name] for row in group], dtype=torch.float64)
             digits = 2 if "error" in name else 1 if "%" in name else 3
@@ -348,207 +458,295 @@ def print_table(groups, names):
                 cell = "/".join(f"{value:.0f}" for value in values.sum(0))
             elif len(group) > 1:
                 cell += f"±{values.std():.{digits}f}"
-            paper = group[0]["paper"].get(name)
-            lines[-1].append(cell + (f" ({paper:.{digits}f})" if paper else ""))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, *cells in lines:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+            if name in group[0]["published"]:
+                cell += f" ({group[0]['published'][name]:.{digits}f})"
+            cells[-1].append(cell)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for name, *others in cells]
 
 
-def print_results(groups, attacks, caption):
-    """Table 1, Table 2, and a line for each checkpoint on gradient masking, as far as the attacks allow."""
-    rows = sum(groups, [])
-    print(f"Table 1: test error, and rho on {caption} under each attack")
-    print_table(groups, ["test error %", *attacks, *["worst", "at 1.5 %"] * ("worst" in rows[0]), "failed", "seconds"])
-    print("rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself; worst: the smallest of each image, own left out\n"
-          "at 1.5: accuracy when |r| = 1.5; failed: left out of the mean of rho, accurate at 1.5; failed and seconds: "
-          + "/".join(attacks))
-    if "own" in attacks:
-        print("\nTable 2: images under the paper's attack, labelled by the 5 nearest training images instead of people")
-        print_table(groups, ["change %", "no change %", "clean error %", "noise: no change %", "images", "reached %"])
-        print("change: labelled as the target; clean error: of these labels without attack; noise: random, of the same "
-              "length\nreached: attacks that came within 1e-6 of the clean image's confidence")
+def report(groups, attacks, caption):
+    """Lines of text: Table 1, Table 2, and for each checkpoint what DDN alone would have said, as far as the attacks
+    allow."""
+    smallest = ", ".join(name for name in attacks if name != "paper")
+    columns = ["worst", *(f"at {length} %" for length in LENGTHS)] if smallest else []
+    lines = [f"Table 1: test error, and rho on {caption}",
+             *table(groups, ["test error %", *columns, *attacks, "failed", "seconds"]),
+             "rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself, without the images that were not fooled",
+             f"failed, their number, and seconds: {'/'.join(attacks)}"]
+    if smallest:
+        lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left when "
+                     "|x_adv - x| may be 1.5")
+    if "paper" in attacks:
+        columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "images",
+                   "reached %"]
+        lines += ["", "Table 2: images under the paper's attack, labelled by the 5 nearest training images, for people",
+                  *table(groups, columns), "clean error: of these labels without attack; noise: random, of the same "
+                  "length; reached: within 1e-6 of the clean image's confidence"]
+    rows = [row for group in groups for row in group if "shorter than ddn %" in row]
+    if rows:
+        lines += ["", "Masked gradients? How much shorter the smallest perturbations are than those of DDN alone:"]
     for row in rows:
-        notes = [text.format(row[name]) + f" SUSPICIOUS: above {limit}%, masked gradients?" * (row[name] > limit)
-                 for name, limit, text in (("half %", 10, "DDN needs less than half of DeepFool's length on {:.1f}%"),
-                                           ("gain %", 2, "DDN in 2,000 steps lowers rho by {:.1f}%"),
-                                           ("failed %", 1, "DDN fails on {:.1f}%")) if name in row]
-        if notes:
-            print("\n" * (row is rows[0]) + f"{row['checkpoint']}: {'; '.join(notes)}")
+        shorter = row["shorter than ddn %"]
+        line = f"{row['checkpoint']}: {shorter:.1f}%; every attack fails on {row['all failed']} images"
+        lines.append(line + "; DDN alone overstates this network" if shorter > 5 else line)
+    return lines
 
 
 def save_json(path, rows, protocol):
     """Writes every figure, a line for each row, and how it was measured; null for what is infinite or not a number."""
-    lines = [json.dumps(json.loads(json.dumps(row, default=torch.Tensor.tolist), parse_constant=lambda _: None))
-             for row in rows]
-    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n' + ",\n".join(lines) + "\n]}\n")
+    lines = ",\n".join(json.dumps(plain(row)) for row in rows)
+    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def plain(value):
+    """value as JSON can hold it: lists for tensors and tuples, None for a float that is no finite number."""
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
 
 def tile(images, columns):
-    """Images (M,1,H,W) in [0,1], in rows of so many columns, twice as large, as one page (H',W') in a white frame."""
+    """Images (M,1,H,W) in [0,1], in rows of so many columns, twice as large, as one page (H',W')."""
     height, width = images.shape[2:]
     page = images.reshape(-1, columns, height, width).transpose(1, 2).reshape(-1, columns * width).cpu()
-    return F.pad(page.repeat_interleave(2, 0).repeat_interleave(2, 1), (8, 8, 8, 8), value=1)
+    return page.repeat_interleave(2, 0).repeat_interleave(2, 1)
 
 
 def save_png(path, page):
-    """Writes a page (H,W) in [0,1] as 8-bit greyscale PNG."""
+    """Writes a page (H,W), clamped to [0,1], as 8-bit greyscale PNG."""
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    lines = F.pad((255 * page).round().byte(), (1, 0))  # each line begins with its filter, 0: none
+    lines = F.pad((255 * page.clamp(0, 1)).round().byte(), (1, 0))  # each line begins with its filter, 0: none
     header = struct.pack(">IIBBBBB", page.shape[1], page.shape[0], 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                     + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
-    print(path)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                           + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
 
 
-def figure_2(f, x, y):
-    """A page: on the diagonal an image of each class, in its row the attacks on it to all other classes, C = 0.95."""
+def figure_2(f, x, y, x_train, y_train):
+    """A page of ten rows, the original classes, and ten columns, the targets: off the diagonal the attack to C = 0.95,
+    dimmed where it did not reach C, on it the clean image in a white frame. And how many of the 90 attacks reached C,
+    and how many of them look like their target to the nearest training images."""
     digits = torch.arange(10, device=x.device)
     original, target = digits.repeat_interleave(10), digits.repeat(10)
     grid, off = x[(y == digits[:, None]).int().argmax(1)][original], original != target
-    grid[off] = attack(f, grid[off], target[off], 0.95, **IN_THE_TEST)
-    return tile(grid, 10)
+    grid[off] = high_confidence_attack(f, grid[off], target[off], 0.95)
+    confidence = logits(f, grid).softmax(1).gather(1, target[:, None]).squeeze(1)
+    short = off & (confidence < 0.95 - 1e-6)
+    alike = vote(grid, x_train, y_train) == target
+    grid[short] *= 0.35
+    grid = F.pad(grid, (2, 2, 2, 2))
+    frame = F.pad(torch.zeros_like(x[:1]), (2, 2, 2, 2), value=1)
+    grid[~off] += frame
+    return tile(grid, 10), (off & ~short).sum().item(), (off & alike).sum().item()
 
 
 def figure_4(f, x, y):
-    """A page of rows a, b, c: clean images, the same at the boundary (by DDN; the paper took Carlini-Wagner), and at
-    the clean image's confidence (by the paper's attack). Prints the mean confidence in each row."""
-    rows = [x[:14], ddn(f, x[:14], y[:14]), own(f, x[:14], y[:14])]
-    sure = [100 * logits(f, row).softmax(1).amax(1).mean().item() for row in rows]
-    print("Mean confidence: a (clean) {:.0f}%, b (boundary) {:.0f}%, c (the paper's attack) {:.0f}%".format(*sure))
-    return tile(torch.cat(rows), len(rows[0]))
+    """By its letter, each row of eight images and f's mean confidence in it, in percent: a clean, b at the boundary (by
+    DDN; the paper took Carlini-Wagner), c at the confidence of the clean image (by the paper's attack)."""
+    x, y = x[:8], y[:8]
+    rows = {"a": x, "b": ddn(f, x, y), "c": paper_attack(f, x, y)}
+    return {letter: (row, 100 * logits(f, row).softmax(1).amax(1).mean().item()) for letter, row in rows.items()}
 
 
 COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
 
 
 def save_svg(path, title, groups):
-    """Writes accuracy against the l2 length of DDN's perturbations, a curve for each group of rows, as SVG."""
-    def text(x, y, words, anchor="middle"):
-        return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>'
+    """Writes accuracy against the l2 length of the smallest perturbations, 0 to 2, as SVG: a curve for each group of
+    rows, labelled at its end, the critic's the thickest."""
+    def text(x, y, words, anchor="middle", colour="black"):
+        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{html.escape(words)}</text>'
 
-    def line(colour, *points):
-        return f'<polyline points="{" ".join(f"{x:.0f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}"/>'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 400" font-family="sans-serif" font-size="14">',
-             '<rect width="820" height="400" fill="white"/>', text(60, 24, title, "start"),
-             text(300, 388, "l2 length of the perturbation, images in [0,1]"),
-             *(text(60 + 60 * i, 361, i / 2) for i in range(9)),
-             *(line("#ddd", (60, y), (540, y)) + text(36, y + 5, f"{(340 - y) // 3}%") for y in range(40, 341, 60)),
-             '<g stroke-width="2.5">']
-    for i, group in enumerate(groups):
-        length, colour = torch.cat([row["length"] for row in group]), COLOURS.get(group[0]["settings"]["defense"])
-        parts += [line(colour, *((60 + 6 * r, 340 - 3 * percent(length > r / 20)) for r in range(81))),
-                  line(colour, (550, 54 + 24 * i), (574, 54 + 24 * i))]
-    parts += ["</g>", *(text(582, 59 + 24 * i, group[0]["name"], "start") for i, group in enumerate(groups))]
-    path.write_text("\n".join([*parts, "</svg>\n"]))
-    print(path)
+    def line(points, colour, width):
+        points = " ".join(f"{x:.0f},{y:.1f}" for x, y in points)
+        return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-family="sans-serif" font-size="20">',
+             '<rect width="640" height="440" fill="white"/>', text(10, 26, title, "start"),
+             text(270, 432, "l2 length of the perturbation")]
+    parts += [text(70 + 100 * i, 400, f"{i / 2}") for i in range(5)]
+    for share in (0, 25, 50, 75, 100):
+        parts += [line([(70, 375 - 3.2 * share), (470, 375 - 3.2 * share)], "#ddd", 1),
+                  text(60, 382 - 3.2 * share, f"{share}%", "end")]
+    labels = []
+    for group in groups:
+        defense, length = group[0]["settings"]["defense"], torch.cat([row["length"] for row in group])
+        points = [(70 + 10 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(41)]
+        alone = [other[0]["settings"]["defense"] for other in groups].count(defense) == 1
+        name = defense if alone else group[0]["name"]
+        parts.append(line(points, COLOURS[defense], 6 if defense == "critic" else 2.5))
+        labels.append((points[-1][1], name, COLOURS[defense]))
+    bottom = math.inf
+    for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
+        bottom = min(y + 7, bottom - 22)
+        parts.append(text(478, bottom, name, "start", colour))
+    Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
 
-def draw(folder, groups, networks, x, y, caption):
-    """For each architecture figures 2 and 4 of its reference and critic, and the accuracy of all groups."""
+def draw(folder, groups, networks, x, y, x_train, y_train, caption):
+    """Draws Figures 2 and 4 of each network, and for each architecture the accuracy of all groups. Lines of text."""
+    lines, right = [], torch.stack([predicted(logits(f, x)) == y for f in networks.values()]).all(0)
+    some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
+    x, y = x[some], y[some]
+    for name, f in networks.items():
+        path = folder / f"figure2-{name}.png"
+        page, reached, alike = figure_2(f, x, y, x_train, y_train)
+        save_png(path, page)
+        lines.append(f"{path}: {reached} of 90 attacks reach 95%, others are dimmed; {alike} look like their target")
+        for letter, (row, confidence) in figure_4(f, x, y).items():
+            path = folder / f"figure4-{name}-{letter}.png"
+            save_png(path, tile(row, 8))
+            lines.append(f"{path}: mean confidence {confidence:.0f}%")
     for arch in NETWORKS:
-        if shown := [networks[name] for name in (f"{arch} reference", f"{arch} critic") if name in networks]:
-            right = torch.stack([logits(f, x).argmax(1) == y for f in shown]).all(0)
-            some = right.int().argsort(descending=True, stable=True)  # first what all of them get right
-            save_png(folder / f"figure2-{arch}.png", torch.cat([figure_2(f, x[some], y[some]) for f in shown], 1))
-            save_png(folder / f"figure4-{arch}.png", torch.cat([figure_4(f, x[some], y[some]) for f in shown]))
-        if mine := [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]:
-            save_svg(folder / f"accuracy-{arch}.svg", f"{arch}: accuracy under attack (DDN), {caption}", mine)
+        mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
+        if mine:
+            path = folder / f"accuracy-{arch}.svg"
+            save_svg(path, f"{arch}: accuracy under attack, {caption}", mine)
+            lines.append(str(path))
+    return lines
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=math.inf):
     """An argparse type: kind (int or float), finite and between low and high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == float("inf"):
-            limit = f" and at most {high}" * (high < float("inf"))
-            raise argparse.ArgumentTypeError(f"{text}: expected at least {low}{limit}")
+        if not low <= value <= high or value == math.inf:
+            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
     return parse
 
 
+def path(text):
+    """An argparse type: a path, its ~ the home folder, also where no shell has put that in."""
+    return Path(os.path.expanduser(text))
+
+
 def add_data_flags(parser, default):
     """--data, --data-dir and --device, as train.py has them too."""
-    parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download")
-    parser.add_argument("--data-dir", help="folder of MNIST's four files (default $MNIST_DIR, else data)")
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download "
+                        f"(default {default or 'what the checkpoints were trained on'})")
+    parser.add_argument("--data-dir", type=path, metavar="DIR", help="the folder of MNIST's four files (default: "
+                        "$MNIST_DIR, else data)")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: CUDA where there is one")
+
+
+def parse_flags(argv):
+    """The command line as argparse has it, with the defaults that depend on the device."""
+    parser = argparse.ArgumentParser(description="Attacks trained classifiers and prints Tables 1 and 2.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=path, help="files that train.py wrote, or "
+                        "patterns such as 'runs/*.pt'")
+    parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
+                        "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
+    parser.add_argument("--attacks", metavar="NAME,...", help="deepfool: to the closest boundary, step by step; cw: "
+                        "Carlini and Wagner's l2 attack; paper: the paper's own, to the clean image's confidence; ddn: "
+                        "decoupled direction and norm (default: all, on a CPU without cw, which takes long)")
+    parser.add_argument("--figures", type=path, metavar="DIR", help="draw Figures 2 and 4 of each network, and the "
+                        "accuracy by length of the perturbation, into this folder")
+    parser.add_argument("--json", type=path, metavar="FILE", help="keep all figures and how they were measured")
+    add_data_flags(parser, default=None)
+    args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    if args.attacks is None:
+        args.attacks = ",".join(name for name in ATTACKS if cuda or name != "cw")
+    args.attacks = list(dict.fromkeys(args.attacks.split(",")))
+    args.n = args.n or (10000 if cuda else 500)
+    unknown = {*args.attacks} - {*ATTACKS}
+    if unknown:
+        parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
+    if args.figures and args.figures.is_file():
+        parser.error(f"--figures: {args.figures} is a file, expected a folder")
+    args.checkpoints = [path for pattern in args.checkpoints for path in expand(pattern)]
+    return args
+
+
+def expand(pattern):
+    """The files that a pattern such as runs/*.pt stands for, where the shell has not put them in already."""
+    found = [] if pattern.exists() else sorted(glob.glob(str(pattern)))
+    return [Path(name) for name in found] or [pattern]
+
+
+def load_all(args):
+    """The networks and settings of all checkpoints, the data's name and its four tensors. OSError, ValueError."""
+    loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
+    for path, (_, settings) in zip(args.checkpoints, loaded):
+        if [settings == other for _, other in loaded].count(True) > 1:
+            raise ValueError(f"{path} is given twice, or another checkpoint is of the same settings and seed")
+    trained_on = {settings["data"] for _, settings in loaded}
+    if not args.data and len(trained_on) > 1:
+        raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
+    source = args.data or trained_on.pop()
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+    if args.json:  # whether it can be written is known now, not after the last attack
+        new = not args.json.exists()
+        args.json.open("a").close()
+        if new:
+            args.json.unlink()
+    if source == "mnist":
+        return loaded, source, data.load_mnist(args.data_dir)
+    return loaded, source, (*data.stroke_digits(20000, seed=0), *data.stroke_digits(10000, seed=1))
 
 
 def main(argv=None):
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files that train.py wrote")
-    parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
-                        "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
-    parser.add_argument("--attacks", help=f"default {','.join(ATTACKS)}; on a CPU without cw, which takes long")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the pictures into this folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep all figures and how they were measured")
-    add_data_flags(parser, default=None)
-    args = parser.parse_args(argv)
-    cuda = args.device == "cuda"
-    attacks = (list(dict.fromkeys(args.attacks.split(","))) if args.attacks is not None else
-               [name for name in ATTACKS if cuda or name != "cw"])
-    n = args.n or (10000 if cuda else 500)
-    if unknown := {*attacks} - {*ATTACKS}:
-        parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
-    if args.figures and args.figures.is_file():
-        parser.error(f"--figures: {args.figures} is a file, expected a folder")
+    args = parse_flags(argv)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
     try:
-        loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
-        for path, (_, settings) in zip(args.checkpoints, loaded):
-            if [settings == other for _, other in loaded].count(True) > 1:
-                raise ValueError(f"{path} is given twice, or another checkpoint is of the same settings and seed")
-        trained_on = {settings["data"] for _, settings in loaded}
-        if not args.data and len(trained_on) > 1:
-            raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
-        source = args.data or trained_on.pop()
-        if args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
-        sets = (data.load_mnist(args.data_dir) if source == "mnist" else
-                [*data.stroke_digits(20000, seed=0), *data.stroke_digits(10000, seed=1)])
-        if args.json:
-            args.json.open("a").close()  # whether it can be written is known now, not after the last attack
+        loaded, source, sets = load_all(args)
     except (OSError, ValueError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     x_train, y_train, x, y = (part.to(args.device) for part in (sets[0][10000:], sets[1][10000:], *sets[2:]))
     order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
-    some, caption, groups, status = order[:n], f"{n} {source} test images", {}, 0
+    some, caption, groups, status = order[:args.n], f"{args.n} {source} test images", {}, 0
+    protocol = {"images": f"first {args.n} of torch.randperm(10000), seed 0, of the test set of {source}",
+                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks},
+                "device": args.device, "torch": torch.__version__}
     try:
-        for i, (path, (f, s)) in enumerate(zip(args.checkpoints, loaded), 1):
-            figures = evaluate(f, x[some], y[some], attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}")
-            paper = PAPER.get(f"{s['arch']} {s['defense']}", ()) if source == "mnist" else ()
-            row = {"name": Path(path).stem.removesuffix(f"-{s['seed']}") + f", {s['epochs']} epochs",
-                   "checkpoint": path, "settings": s, "paper": dict(zip(PAPER_COLUMNS, paper)),
-                   "test error %": 100 * error_rate(f, x, y), **figures}
-            groups.setdefault(str(sorted({**s, "seed": 0}.items())), []).append(row)  # the same but for the seed
+        for i, (path, (f, settings)) in enumerate(zip(args.checkpoints, loaded), 1):
+            row = {"name": f"{path.stem.removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs",
+                   "checkpoint": str(path), "settings": settings, "published": {},
+                   "test error %": 100 * error_rate(f, x, y)}
+            known = PUBLISHED.get(f"{settings['arch']} {settings['defense']}")
+            if known and source == "mnist":
+                row["published"] = dict(zip(PUBLISHED_COLUMNS, known))
+            row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
+            groups.setdefault(str(sorted({**settings, "seed": 0}.items())), []).append(row)  # the same but for the seed
+            if args.json:  # what is known is kept before anything is printed
+                save_json(args.json, [row for group in groups.values() for row in group], protocol)
     except KeyboardInterrupt:
         print(f"\nInterrupted in {path}, {i} of {len(loaded)}.", file=sys.stderr)
         status = 130
         if not groups:
             return status
-    groups = list(groups.values())
-    print_results(groups, attacks, caption)
-    if args.json:
-        save_json(args.json, sum(groups, []), {
-            "images": f"first {n} of torch.randperm(10000), seed 0, of the test set of {source}",
-            "attacks": {name: ATTACKS[name].__doc__ for name in attacks},
-            "device": args.device, "torch": torch.__version__})
+    groups, captions = list(groups.values()), []
     if args.figures:
-        networks = {f"{s['arch']} {s['defense']}": f for f, s in reversed(loaded)}  # the first of each
-        draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], caption)
+        networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
+        captions = draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
+    print("\n".join([*report(groups, args.attacks, caption), *captions]))
     return status
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:  # into head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
