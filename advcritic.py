@@ -26,6 +26,8 @@ def per_image(value, x):
 def checked(logits, x, **labels):
     """logits, if their shape is (N,K) with K >= 2 and each of the labels is (N,) int64, for N images x. ValueError
     names what is not. Looks at shapes alone: nothing here waits for a GPU."""
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"logits: {type(logits).__name__}, expected a tensor ({len(x)}, K)")
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         raise ValueError(f"logits of shape {tuple(logits.shape)}, expected ({len(x)}, K) with K >= 2 classes")
     for name, label in labels.items():
@@ -115,6 +117,8 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
     Returns the scalar, and a dict of its detached parts: nll, fool, cycle (before their weights) and success, the
     share of the images whose attack changed the prediction. float32 or float64; ValueError for wrong shapes.
     """
+    if x_adv.shape != x.shape:
+        raise ValueError(f"x_adv of shape {tuple(x_adv.shape)}, expected that of x, {tuple(x.shape)}")
     logits = checked(f(x), x, y=y)
     nll = F.cross_entropy(logits, y)
     probability, predicted = logits.softmax(1).max(1)
@@ -155,7 +159,7 @@ def attack_step(f, x, target, confidence, create_graph=False):
     with torch.inference_mode(False), torch.enable_grad():
         x, target = x.clone().detach().requires_grad_(), target.clone()  # clones: tensors that autograd may keep
         logits = checked(f(x), x, target=target)
-        l = -F.cross_entropy(logits, target, reduction="none")
+        l = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
         # The gradient of the sum holds each image's own gradient. create_graph makes w differentiable in its turn:
         # the paper's second-order derivative d2f / dx dw.
         w, = torch.autograd.grad(l.sum(), x, create_graph=create_graph)
@@ -167,7 +171,10 @@ def attack_step(f, x, target, confidence, create_graph=False):
 
 
 def as_confidence(confidence, x):
-    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type. ValueError if it is none."""
+    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type. ValueError if it is none,
+    and where half precision would round eps to 0."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x: {x.dtype}, expected images in float32 or float64")
     if not isinstance(confidence, torch.Tensor) and not 0 < confidence <= 1:
         raise ValueError(f"confidence {confidence}, expected a probability in (0,1]")
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
@@ -279,7 +286,7 @@ class RunningConfidence(nn.Module):
         logits (N,K). A class that no image is predicted as keeps its value; rows that are not finite are left out."""
         if logits.dim() != 2 or logits.shape[1] != len(self.mean):
             raise ValueError(f"logits of shape {tuple(logits.shape)}, expected (N, {len(self.mean)})")
-        probability, predicted = logits.softmax(1).max(1)
+        probability, predicted = logits.to(self.mean.dtype).softmax(1).max(1)
         classes = torch.arange(len(self.mean), device=logits.device)
         is_k = (predicted[:, None] == classes) & probability.isfinite()[:, None]  # (N,K)
         batch_mean = torch.where(is_k, probability[:, None], 0).sum(0) / is_k.sum(0).clamp(min=1)

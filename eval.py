@@ -50,6 +50,8 @@ def l2(v):
 
 def rho(x, x_adv):
     """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
+    if x_adv.shape != x.shape or x.dim() < 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}, x_adv: {tuple(x_adv.shape)}, expected both (N,...)")
     norm = l2(x)
     return torch.where(norm > 0, l2(wide(x_adv) - wide(x)) / norm, torch.nan)
 
@@ -59,7 +61,7 @@ def rho(x, x_adv):
 @torch.no_grad()
 def logits(f, x):
     """f(x) (N,K), computed in parts that fit into memory."""
-    return torch.cat([checked(f(part), part) for part in x.split(500)])
+    return torch.cat([checked(f(part.clone()), part) for part in x.split(500)])  # clone: for an f that works in place
 
 
 def predicted(logits):
@@ -108,15 +110,21 @@ def image_attack(targeted):
                 x, y = x.clone(), y.clone()  # outside inference mode, so that autograd may keep them
                 if len(x) == 0:
                     return x
-                f_x = checked(f(x), x)
+
+                def g(some):
+                    return checked(f(some.to(x.dtype, copy=True)), some).to(some.dtype)
+                x_adv = wide(x).clone()
+                with torch.enable_grad():
+                    f_x = g(x_adv.clone().requires_grad_())
+                if not f_x.requires_grad:
+                    raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
                 check_labels(name, y, *f_x.shape)
                 if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
                     raise ValueError("f: its logits at x are not finite")
                 y = y.long()
                 start = torch.full_like(y, True, dtype=torch.bool) if targeted else f_x.argmax(1) == y
-                x_adv = wide(x).clone()
                 if start.any():
-                    x_adv[start] = method(lambda some: wide(f(some.to(x.dtype))), x_adv[start], y[start], **options)
+                    x_adv[start] = method(g, x_adv[start], y[start], **options)
                 x_adv = x_adv.clamp(0, 1).to(x.dtype)
                 done = x_adv.isfinite().flatten(1).all(1) if targeted else fooled(f, x_adv, y)
                 return torch.where(per_image(done, x), x_adv, x)
@@ -126,7 +134,9 @@ def image_attack(targeted):
 
 def fooled(f, x_adv, y):
     """True (N,) where f classifies x_adv, with a finite logit, as another class than y."""
-    label = predicted(logits(f, x_adv))
+    f_x = logits(f, x_adv)
+    check_labels("y", y, *f_x.shape)
+    label = predicted(f_x)
     return (label != y) & (label >= 0)
 
 
@@ -302,6 +312,7 @@ def mean_rho(x, length):
     return ratio[ratio.isfinite()].mean().item()
 
 
+@torch.no_grad()
 def measure(f, x, y, method, label=None):
     """Attacks the images x with method(f, x, y); with a label it shows its progress on a terminal. A dict:
 
@@ -309,6 +320,8 @@ def measure(f, x, y, method, label=None):
     length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv is still classified as y
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
+    check_images(x)
+    check_labels("y", y, *logits(f, x).shape)
     start, parts = time.perf_counter(), []
     show = label is not None and sys.stderr.isatty()
     for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
@@ -320,6 +333,8 @@ def measure(f, x, y, method, label=None):
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     x_adv = torch.cat(parts)
+    if x_adv.shape != x.shape:
+        raise ValueError(f"method: returned shape {tuple(x_adv.shape)}, expected that of x, {tuple(x.shape)}")
     length = l2(wide(x_adv) - wide(x))
     done = fooled(f, x_adv, y) & length.isfinite()
     length = torch.where(done, length, torch.inf)
@@ -520,7 +535,9 @@ def tile(images, columns):
 
 
 def save_png(path, page):
-    """Writes a page (H,W), clamped to [0,1], as 8-bit greyscale PNG."""
+    """Writes a page (H,W) of floats, clamped to [0,1], as 8-bit greyscale PNG."""
+    if page.dim() != 2 or not page.is_floating_point():
+        raise ValueError(f"page: {page.dtype} of shape {tuple(page.shape)}, expected floats (H,W) in [0,1]")
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     lines = F.pad((255 * page.clamp(0, 1)).round().byte(), (1, 0))  # each line begins with its filter, 0: none
@@ -578,10 +595,11 @@ def save_svg(path, title, groups):
     for group in groups:
         defense, length = group[0]["settings"]["defense"], torch.cat([row["length"] for row in group])
         points = [(70 + 10 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(41)]
+        colour = COLOURS.get(defense, "grey")
         alone = [other[0]["settings"]["defense"] for other in groups].count(defense) == 1
         name = defense if alone else group[0]["name"]
-        parts.append(line(points, COLOURS[defense], 6 if defense == "critic" else 2.5))
-        labels.append((points[-1][1], name, COLOURS[defense]))
+        parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
+        labels.append((points[-1][1], name, colour))
     bottom = math.inf
     for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
         bottom = min(y + 7, bottom - 22)
@@ -666,6 +684,8 @@ def parse_flags(argv):
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
     if args.figures and args.figures.is_file():
         parser.error(f"--figures: {args.figures} is a file, expected a folder")
+    if args.json and args.json.suffix != ".json":
+        parser.error(f"--json: {args.json}, expected a name that ends in .json")
     args.checkpoints = [path for pattern in args.checkpoints for path in expand(pattern)]
     return args
 
@@ -682,6 +702,8 @@ def load_all(args):
     for path, (_, settings) in zip(args.checkpoints, loaded):
         if [settings == other for _, other in loaded].count(True) > 1:
             raise ValueError(f"{path} is given twice, or another checkpoint is of the same settings and seed")
+        if args.figures and [path.stem == other.stem for other in args.checkpoints].count(True) > 1:
+            raise ValueError(f"{path}: the pictures of two checkpoints of this name would overwrite each other")
     trained_on = {settings["data"] for _, settings in loaded}
     if not args.data and len(trained_on) > 1:
         raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
@@ -730,11 +752,16 @@ def main(argv=None):
         status = 130
         if not groups:
             return status
-    groups, captions = list(groups.values()), []
-    if args.figures:
-        networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
-        captions = draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
-    print("\n".join([*report(groups, args.attacks, caption), *captions]))
+    groups = list(groups.values())
+    lines = report(groups, args.attacks, caption)
+    try:
+        if args.figures:
+            networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
+            lines += draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
+    except OSError as error:  # the tables are printed all the same
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        status = 2
+    print("\n".join(lines))
     return status
 
 

@@ -658,17 +658,19 @@ def test_wrong_images_and_labels_are_refused(method, x, y, says):
 @pytest.mark.parametrize("net, says", [
     (lambda x: x.flatten(1)[:, :1], r"logits of shape \(1, 1\), expected \(1, K\) with K >= 2"),
     (lambda x: x.flatten(), r"logits of shape \(2,\)"),
-    (lambda x: x.flatten(1) / 0, "f: its logits at x are not finite")])
+    (lambda x: (x.flatten(1),), "logits: tuple, expected a tensor"),
+    (lambda x: x.flatten(1) / 0, "f: its logits at x are not finite"),
+    (lambda x: x.detach().flatten(1), "f: its logits have no gradient")])
 def test_wrong_networks_are_refused(net, says):
     for method in SMALLEST:
         with pytest.raises(ValueError, match=says):
             method(net, pixels(1.0, 0.5), Y)
-    if "shape" in says:
+    if "shape" in says or "tuple" in says:
         for call in (lambda: closest_class(net, pixels(1.0, 0.5), Y), lambda: attack(net, pixels(1.0, 0.5), Y, 0.9),
                      lambda: evaluation.error_rate(net, pixels(1.0, 0.5), Y),
                      lambda: critic_loss(net, pixels(1.0, 0.5), Y, pixels(1.0, 0.5), Y),
                      lambda: classifier_loss(net, plane(), pixels(1.0, 0.5), Y, pixels(1.0, 0.5), lam=1),
-                     lambda: train.margin(net, pixels(1.0, 0.5), Y)):
+                     *(functools.partial(loss, net, pixels(1.0, 0.5), Y) for loss in train.BASELINES.values())):
             with pytest.raises(ValueError, match=says):
                 call()
 
@@ -685,6 +687,14 @@ def test_wrong_networks_are_refused(net, says):
     (lambda f, x: closest_class(f, x, Y.float()), r"label: torch\.float32"),
     (lambda f, x: classifier_loss(f, f, x, Y[:, None], x, lam=1), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: critic_loss(f, x, Y, x, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
+    (lambda f, x: attack(lambda x: f(x / 255), (255 * x).byte(), Y, 0.9), r"x: torch\.uint8, expected .* float32"),
+    (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16, expected .* float32"),
+    (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv of shape \(1, 1, 2\)"),
+    (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x: shape \(1, 1, 1, 2\), x_adv: \(1, 1, 2\)"),
+    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.squeeze(1)), r"method: returned shape \(1, 1, 2\)"),
+    (lambda f, x: evaluation.measure(f, 255 * x, Y, lambda f, x, y: x), "x: values from 127.5 to 255"),
+    (lambda f, x: evaluation.measure(f, x, Y + 7, lambda f, x, y: x), "y: values from 7"),
+    (lambda f, x: evaluation.save_png("page.png", x), r"page: torch\.float32 of shape"),
     (lambda f, x: evaluation.error_rate(f, x, Y[:, None]), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: evaluation.measure(f, x, Y[:, None], deepfool), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: RunningConfidence(3).update(f(x)), r"logits of shape \(1, 2\), expected \(N, 3\)"),
@@ -704,6 +714,15 @@ def test_the_right_length_in_every_precision(method, dtype):
     assert length == pytest.approx(0.5 / 2 ** 0.5, rel=0.05)
     assert evaluation.rho(x, x_adv).item() == pytest.approx(length / 1.25 ** 0.5)
     assert method(f, x, Y.int()).equal(x_adv)  # labels may be of any integer type
+
+
+def test_an_f_that_works_in_place():
+    f, x = plane(), pixels(1.0, 0.5)
+    for method in SMALLEST:
+        assert torch.equal(method(lambda x: f(x.sub_(0.25)), x, Y), method(lambda x: f(x - 0.25), x, Y))
+    assert evaluation.error_rate(lambda x: f(x.sub_(0.25)), x, Y) == 0 and torch.equal(x, pixels(1.0, 0.5))
+    with pytest.raises(RuntimeError):
+        attack_step(f, x, Y - 100, 0.9)  # -100 would be no target at all to torch's cross-entropy
 
 
 @pytest.mark.parametrize("beyond", [math.nan, math.inf])
@@ -988,14 +1007,22 @@ def test_results_are_saved_before_they_are_printed(scripts, monkeypatch):
 
     def closed(*words, **options):
         raise BrokenPipeError
-    monkeypatch.setattr("builtins.print", closed)
-    with pytest.raises(BrokenPipeError):
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr("builtins.print", closed)
         evaluation.main(["a&b<1>-0.pt", "--n", "5", "--attacks", "deepfool", "--json", "all.json", "--figures", ".",
                          "--device", "cpu"])
     row, = json.loads(Path("all.json").read_text())["results"]
     assert row["worst"] == row["deepfool"] > 0 and "paper" not in row
     assert Path("figure2-a&b<1>-0.png").exists()
     xml.etree.ElementTree.parse("accuracy-lenet.svg")
+
+
+def test_pictures_of_two_checkpoints_of_one_name(scripts, capsys):
+    for seed in (0, 1):
+        os.mkdir(f"{seed}")
+        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": lenet().state_dict()}, f"{seed}/net.pt")
+    assert evaluation.main(["0/net.pt", "1/net.pt", "--figures", "."]) == 2
+    assert "would overwrite each other" in capsys.readouterr().err
 
 
 def test_scripts_without_docstrings(tmp_path):
@@ -1063,7 +1090,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     "train --target far", "train --data cifar", "train --device abacus", "train --train-images 99",
     "train --train-images 50001", "train --out run.txt", "train --defense reference --lam 0.1", "train --speling 1",
     "eval", "eval x.pt --n 0", "eval x.pt --n 10001", "eval x.pt --attacks deepfool,magic", "eval x.pt --data cifar",
-    f"eval x.pt --figures {__file__}"])
+    f"eval x.pt --figures {__file__}", "eval x.pt --json y.pt"])
 def test_wrong_flags(scripts, capsys, command):
     script, *flags = command.split()
     with pytest.raises(SystemExit) as error:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import (RunningConfidence, boundaries, closest_class, critic, minimise, per_image, train_step,
+from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
                        uniform_class)
 from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, path, read_checkpoint,
                   unit)
@@ -39,14 +39,14 @@ BATCH = 100
 
 def reference(f, x, y):
     """No defense: the negative log-likelihood (NLL)."""
-    return F.cross_entropy(f(x), y)
+    return F.cross_entropy(checked(f(x), x, y=y), y)
 
 
 def at(f, x, y, eps=0.1):
     """Adversarial training (Goodfellow, Shlens and Szegedy 2015): NLL(x) + NLL(x + eps sign grad_x NLL(x)).
     The perturbation is a constant for the gradient."""
     x = x.detach().requires_grad_()
-    nll = F.cross_entropy(f(x), y)
+    nll = F.cross_entropy(checked(f(x), x, y=y), y)
     grad, = torch.autograd.grad(nll, x, retain_graph=True)
     return nll + F.cross_entropy(f(x.detach() + eps * grad.sign()), y)
 
@@ -55,7 +55,7 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
     """Virtual adversarial training (Miyato et al. 2015): NLL(x) + KL(p(x) || p(x + r)), r of l2 length eps along one
     power iteration from a random direction. p(x) and r are constants for the gradient. The iteration's step xi is
     larger than the reference's 1e-6, which float32 loses."""
-    logits = f(x)
+    logits = checked(f(x), x, y=y)
     log_p = logits.detach().log_softmax(1)
 
     def divergence(x):
@@ -85,7 +85,7 @@ def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
     x_adv = x + per_image(radius, x) * direction
     for _ in range(steps):
         x_i = x_adv.clamp(0, 1).requires_grad_()  # towards x, so it stays in the ball
-        grad, = torch.autograd.grad(F.cross_entropy(f(x_i), y, reduction="sum"), x_i)
+        grad, = torch.autograd.grad(F.cross_entropy(checked(f(x_i), x, y=y), y, reduction="sum"), x_i)
         r = x_i.detach() + step * unit(grad) - x
         x_adv = x + per_image(l2(r).clamp(max=eps), r) * unit(r)
     return F.cross_entropy(f(x_adv.clamp(0, 1)), y)
