@@ -19,7 +19,7 @@ from torch import nn
 
 
 def per_image(value, x):
-    """value (N,) in a shape (N,1,...) that multiplies images x (N,...), each by its own."""
+    """value (N,) as (N,1,...,1), to multiply images x (N,...) one by one."""
     return value.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -90,9 +90,9 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 
     mean softplus(-D_y(x)) + mean softplus(D_y_adv(x_adv)) + lambda_grad (penalty(D_y, x) + penalty(D_y_adv, x_adv))
 
-    x, x_adv (N,...) images, both detached here; y (N,) true labels; y_adv (N,) the class that f gives to x_adv. Images
-    on which the attack failed are among them, with the class that f gives them. The penalty is taken at x and at
-    x_adv, not between them, and on the very logits of the first two terms: it sees the same draw of the critic's noise.
+    x, x_adv (N,...) images, both detached here; y (N,) true labels; y_adv (N,) the class that f gives to x_adv, also
+    where the attack failed. The penalty is taken at x and at x_adv, not between them, and on the very logits of the
+    first two terms: it sees the same draw of the critic's noise.
     float32 or float64; ValueError for wrong shapes.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
@@ -131,8 +131,8 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
 
     # The gradient of `fool` runs through D (whose weights stay put, see minimise) and x_adv into the attack and f.
     fool = mean_moved(F.softplus(-checked(D(x_adv), x).gather(1, y_adv[:, None]).squeeze(1)))
-    # The way back starts from x_adv as a constant, so this term trains A_f at x_adv. Its confidence is not detached,
-    # as in the released code, so it trains f at x as well; detaching it changes this gradient by about a third.
+    # x_adv is a constant here: of the two attacks only the way back is differentiated. Its confidence is not detached,
+    # as in the released code, so this term trains f at x as well; detaching it changes its gradient by about a third.
     # Eq. 6 prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
     x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
     cycle = mean_moved((x_rec - x).flatten(1).square().sum(1))
@@ -144,24 +144,26 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
 # --- Eq. 7: one step of the attack --------------------------------------------------------------------------------
 
 def attack_step(f, x, target, confidence, create_graph=False):
-    """Eq. 7 at the point x: the shortest r_i that brings the target's probability to C, its logarithm linearised.
+    """Eq. 7 at the point x: the shortest r_i that brings the target's log-probability, linearised at x, to log C.
 
     r_i = (sqrt(eps) + |log C - l| / n) w / n,   l = log p,   w = grad_x l,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    Eq. 7 prints the length |log C - l| / |w|; the direction is w / |w|. sqrt(eps) carries the step across its goal.
-    x (N,...) images, a constant here; target (N,); C = confidence in (0,1], a float or (N,); f any callable.
-    Returns r_i (N,...), p (N,) the target's probability at x, and f's logits (N,K) at x: detached, or with
-    create_graph differentiable functions of f's weights and of confidence. ValueError for wrong shapes and for a float
-    that is no probability. Works under torch.no_grad() and torch.inference_mode().
+    Eq. 7 prints (log C - l) / |w|, the length without its bars; the direction is w / |w|. sqrt(eps) carries the step
+    just past its goal. x (N,...) images in float32 or float64, a constant here; target (N,) int64; C = confidence in
+    (0,1], a float or (N,); f any callable, images -> logits (N,K).
+    Returns r_i (N,...), and at x the target's probability p (N,) and f's logits (N,K): detached, or with create_graph
+    differentiable functions of f's weights, r_i also of confidence. ValueError for wrong shapes and types, and for a
+    float that is no probability. Works under torch.no_grad() and torch.inference_mode() unless create_graph.
     """
     eps = 1e-8
     C = as_confidence(confidence, x)
     with torch.inference_mode(False), torch.enable_grad():
-        x, target = x.clone().detach().requires_grad_(), target.clone()  # clones: tensors that autograd may keep
+        # Clones made here can be kept for the gradient; tensors made in inference mode cannot.
+        x, target = x.clone().detach().requires_grad_(), target.clone()
         logits = checked(f(x), x, target=target)
         l = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1)
-        # The gradient of the sum holds each image's own gradient. create_graph makes w differentiable in its turn:
-        # the paper's second-order derivative d2f / dx dw.
+        # The gradient of the sum holds every image's own gradient. create_graph makes w differentiable too: the
+        # paper's second-order derivative d2f / dx dw.
         w, = torch.autograd.grad(l.sum(), x, create_graph=create_graph)
     if not create_graph:
         C, l, logits = C.detach(), l.detach(), logits.detach()
@@ -171,11 +173,11 @@ def attack_step(f, x, target, confidence, create_graph=False):
 
 
 def as_confidence(confidence, x):
-    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type. ValueError if it is none,
-    and where half precision would round eps to 0."""
+    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type. ValueError if it is none, or
+    x is not float32 or float64: half precision would round the eps of Eq. 7 to 0."""
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x: {x.dtype}, expected images in float32 or float64")
-    if not isinstance(confidence, torch.Tensor) and not 0 < confidence <= 1:
+    if isinstance(confidence, (int, float)) and not 0 < confidence <= 1:
         raise ValueError(f"confidence {confidence}, expected a probability in (0,1]")
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
     if C.shape not in ((), (len(x),)):
@@ -203,6 +205,8 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
     in memory. ValueError as in attack_step. The form of the paper's tests is eval.high_confidence_attack.
     """
     x, C = x.detach(), as_confidence(confidence, x)
+    if not create_graph:
+        C = C.detach()
     r, go = torch.zeros_like(x), torch.ones_like(C)
     for _ in range(steps):
         # Where the gradient stops. x_adv = x + (1 + overshoot) sum_i go_i r_i, and f's weights enter each summand in
@@ -210,13 +214,12 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
         # computed, which the steps before it have reached with the same weights. We keep the first and cut the
         # second: x_i is detached, so each step is a differentiable function of the weights at a fixed point, and
         # the gradient of x_adv is the sum of the gradients of go_i r_i, each at its x_i. Keeping the second would
-        # multiply every step's gradient with the Hessians of log p at all later points.
+        # multiply every step's gradient by the Jacobians of all later steps, which hold Hessians of log p.
         x_i = (x + (1 + overshoot) * r).detach()
         r_i, p, _ = attack_step(f, x_i, target, C, create_graph)
         go = go * below(p, C)
         r = r + per_image(go, x) * r_i
-    x_adv = x + (1 + overshoot) * r
-    return x_adv if create_graph else x_adv.detach()
+    return x + (1 + overshoot) * r
 
 
 # --- Section 4: the attack's target and its confidence ------------------------------------------------------------
@@ -235,18 +238,18 @@ def boundaries(f, x, label):
         logits = checked(f(x), x, label=label)
         difference = logits - logits.gather(1, label[:, None])  # f_k - f_label
         gap, norms = -difference.detach(), []
-        w, shortest = torch.zeros_like(x), torch.full_like(gap[:, 0], torch.inf)
+        w, shortest = torch.zeros_like(x), torch.full_like(gap[:, 0], torch.inf)  # of the closest so far
         for k in range(logits.shape[1]):
             w_k, = torch.autograd.grad(difference[:, k].sum(), x, retain_graph=True)
             norms.append(w_k.flatten(1).norm(dim=1))
             distance = boundary_distance(gap[:, k], norms[k]).masked_fill(label == k, torch.inf)
             closer = distance < shortest
             w, shortest = torch.where(per_image(closer, x), w_k, w), torch.where(closer, distance, shortest)
-    return gap, torch.stack(norms, 1), w.detach()
+    return gap, torch.stack(norms, 1), w
 
 
 def boundary_distance(gap, norm):
-    """gap / norm, the distances to the boundaries of boundaries(); at the label itself it is none: 0."""
+    """|gap| / norm, the distance to each boundary of boundaries(); 0 at the label itself, which has none."""
     return gap.abs() / norm.clamp(min=1e-12)
 
 
@@ -263,7 +266,7 @@ def closest_class(f, x, label):
 
 def uniform_class(f, x, label):
     """The paper's alternative: a class (N,) other than label, sampled from the masked uniform distribution. Arguments
-    as of closest_class; f says how many classes there are."""
+    as of closest_class; f only says how many classes there are."""
     with torch.no_grad():
         num_classes = checked(f(x), x, label=label).shape[1]
     return (label + torch.randint_like(label, 1, num_classes)) % num_classes
@@ -299,11 +302,11 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
                choose_target=closest_class):
     """One training step of the classifier f and the critic D on a batch, in place.
 
-    x (N,...) images in [0,1], y (N,) int64 labels; confidence a RunningConfidence, which learns from x; adam_f and
-    adam_D optimisers, of f's and of D's parameters: those of them are trained that require a gradient. lam, lambda_rec
-    and lambda_grad weigh Eqs. 5, 6 and the penalty of Eq. 4; steps are those of the attack, choose_target(f, x, label)
-    names its target. f must treat each image alone, and as often as it is called, which is more than a dozen times: no
-    batch norm or dropout in training mode. D is called in the mode that it is in, where its noise should be on.
+    x (N,...) images in [0,1], y (N,) int64 labels; confidence a RunningConfidence, updated with x; adam_f, adam_D
+    optimisers of f and of D, whose parameters stay as they are where they require no gradient; lam, lambda_rec,
+    lambda_grad the weights in Eqs. 5, 6 and 4; steps of the attack; choose_target(f, x, label) picks its target. f must
+    treat each image by itself and give the same logits in each of its 15 calls: no batch norm or dropout in training
+    mode. D has as many classes as f, and is called in its present mode: train(), for its noise.
 
     Returns a dict of detached scalars: nll, fool, cycle, success as classifier_loss has them, and critic, Eq. 4.
     Nothing is read back to the host. Errors as critic_loss, classifier_loss and attack have them.
@@ -328,8 +331,8 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
 
 
 def minimise(loss, optimizer):
-    """One step of optimizer, on those of its parameters that require a gradient. No other tensor gets a gradient: each
-    player's loss moves this player alone."""
+    """One step of optimizer on those of its parameters that require a gradient. No other tensor gets one, so that each
+    loss moves one player."""
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     optimizer.zero_grad()
     if trained:
@@ -353,7 +356,7 @@ def lenet():
     """LeNet-5 of Table 1b: images (N,1,28,28) -> logits (N,10); two 5x5 convolutions with pooling, two dense."""
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12); the function and the gradients are those of
-        nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)    ReLU before pooling, on a quarter the values
+        nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)    ReLU before pooling, on a quarter of them
         nn.Flatten(),
         nn.Linear(1024, 512), nn.ReLU(),
         nn.Linear(512, 10)))

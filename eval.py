@@ -1,4 +1,4 @@
-"""How robust is a trained classifier? The attacks of the paper and DDN, its Tables 1 and 2, its Figures 2 and 4.
+"""How robust is a trained classifier? The paper's attacks and DDN; the paper's Tables 1 and 2, Figures 2 and 4.
 
     python eval.py results/lenet-critic.pt          500 images in 2 min 23 s on two CPU cores
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
@@ -59,7 +59,7 @@ def rho(x, x_adv):
 # --- What holds for every attack ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def logits(f, x):
+def batched_logits(f, x):
     """f(x) (N,K), computed in parts that fit into memory."""
     return torch.cat([checked(f(part.clone()), part) for part in x.split(500)])  # clone: for an f that works in place
 
@@ -90,12 +90,12 @@ def image_attack(targeted):
     """Decorates an attack method(f, x, y, ...), or with targeted method(f, x, target, ...), with what holds for all:
 
     - f is any callable, images -> logits (N,K), that treats each image by itself (eval mode for batch norm and
-      dropout); x (N,...) floating-point images in [0,1], y integers (N,). ValueError says what is not so, also where a
-      logit at x is not finite (as target a class of -inf will do). An empty batch gives an empty one.
+      dropout); x (N,...) floating-point images in [0,1], y integers (N,). ValueError otherwise, also where a logit
+      at x is not finite (targeted: -inf is allowed, a class that cannot be reached). An empty batch gives an empty one.
     - nothing is changed: x, f's mode, weights and their gradients; it works in no_grad and inference mode.
     - the attack computes in float32 at least. f gets images in x's type, and success is judged on those.
-    - x_adv (N,...) in [0,1], of x's type, detached. What was not y to begin with, and what the attack did not turn
-      into another class, comes back as x. With targeted only what is not finite does.
+    - x_adv (N,...) in [0,1], of x's type, detached. An image that is not y to begin with, or that the attack did not
+      turn into another class, comes back as x; targeted, only one that is not finite.
     """
     def decorate(method):
         signature = inspect.signature(method)
@@ -118,6 +118,7 @@ def image_attack(targeted):
                     f_x = g(x_adv.clone().requires_grad_())
                 if not f_x.requires_grad:
                     raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
+                f_x = f_x.detach()
                 check_labels(name, y, *f_x.shape)
                 if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
                     raise ValueError("f: its logits at x are not finite")
@@ -134,7 +135,7 @@ def image_attack(targeted):
 
 def fooled(f, x_adv, y):
     """True (N,) where f classifies x_adv, with a finite logit, as another class than y."""
-    f_x = logits(f, x_adv)
+    f_x = batched_logits(f, x_adv)
     check_labels("y", y, *f_x.shape)
     label = predicted(f_x)
     return (label != y) & (label >= 0)
@@ -232,7 +233,8 @@ def ddn(f, x, y, steps=1000):
     length *= 0.95 if f(x + r) was not y, else 1.05;   r is set to this length, then x + r clamped to [0,1].
     Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
     """
-    x_adv, r, y = x.clone(), torch.zeros_like(x), y[:, None]
+    x_adv, r = x.clone(), torch.zeros_like(x)
+    y = y[:, None]
     length, shortest = x.new_ones(len(x)), x.new_full((len(x),), torch.inf)
     for step in range(steps):
         with torch.enable_grad():
@@ -241,11 +243,11 @@ def ddn(f, x, y, steps=1000):
             # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
             f_y, others = f_x.gather(1, y), f_x.scatter(1, y, -torch.inf)
             grad, = torch.autograd.grad((others.logsumexp(1, True) - f_y).sum(), x_i)
-        fooled, norm = (others.amax(1, True) > f_y).squeeze(1), l2(r)
-        closer = fooled & (norm < shortest)
+        success, norm = (others.amax(1, True) > f_y).squeeze(1), l2(r)
+        closer = success & (norm < shortest)
         x_adv, shortest = torch.where(per_image(closer, x), x_i, x_adv), torch.where(closer, norm, shortest)
         alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-        length = torch.where(fooled, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
+        length = torch.where(success, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
         r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
     return x_adv.detach()
 
@@ -281,8 +283,8 @@ def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
     and to the confidence that f has at x.
 
-    Arguments and errors as image_attack says. x_adv also where it is classified as the target but did not reach the
-    confidence; x where it is not classified as the target.
+    Arguments and errors as image_attack says. Returns x_adv also where it is the target but short of the confidence,
+    and x where it is not the target.
     """
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
@@ -301,7 +303,7 @@ def percent(which):
 
 def error_rate(f, x, y):
     """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
-    f_x = logits(f, x)
+    f_x = batched_logits(f, x)
     check_labels("y", y, *f_x.shape)
     return percent(predicted(f_x) != y) / 100
 
@@ -312,32 +314,32 @@ def mean_rho(x, length):
     return ratio[ratio.isfinite()].mean().item()
 
 
-@torch.no_grad()
-def measure(f, x, y, method, label=None):
-    """Attacks the images x with method(f, x, y); with a label it shows its progress on a terminal. A dict:
+def measure(f, x, y, method, title=None):
+    """Attacks the images x with method(f, x, y); with a title it shows its progress on a terminal. A dict:
 
     x_adv    (N,...) what method returned; all that follows is found from it alone
     length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv is still classified as y
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
     check_images(x)
-    check_labels("y", y, *logits(f, x).shape)
+    f_x = batched_logits(f, x)
+    check_labels("y", y, *f_x.shape)
     start, parts = time.perf_counter(), []
-    show = label is not None and sys.stderr.isatty()
+    show = title is not None and sys.stderr.isatty()
     for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
         if show:
             done, seconds = some[0].item(), time.perf_counter() - start
             left = f", {seconds * (len(x) / done - 1):.0f} s left" if done else ""
-            print(f"\r{label}: {done} of {len(x)} images{left}\033[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{title}: {done} of {len(x)} images{left}\033[K", end="", file=sys.stderr, flush=True)
         parts.append(method(f, x[some], y[some]))
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    x_adv = torch.cat(parts)
+    x_adv = torch.cat(parts).detach()
     if x_adv.shape != x.shape:
         raise ValueError(f"method: returned shape {tuple(x_adv.shape)}, expected that of x, {tuple(x.shape)}")
-    length = l2(wide(x_adv) - wide(x))
+    length = l2(wide(x_adv) - wide(x.detach()))
     done = fooled(f, x_adv, y) & length.isfinite()
-    length = torch.where(done, length, torch.inf)
+    length = torch.where(predicted(f_x) == y, length, 0).masked_fill(~done, torch.inf)
     return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=(~done).sum().item(),
                 seconds=time.perf_counter() - start)
 
@@ -350,14 +352,14 @@ def vote(x, x_train, y_train, k=5):
     return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
 
 
-LENGTHS = (1.0, 1.25, 1.5)  # of perturbations, at which the accuracy is told
+LENGTHS = (1.0, 1.25, 1.5)  # in l2, at which the accuracy is reported
 
 
-def evaluate(f, x, y, attacks, x_train, y_train, label):
+def evaluate(f, x, y, attacks, x_train, y_train, title):
     """What the tables say of f on the images x, y under the named attacks: a dict of figures by the tables' headings.
-    "worst" is of the smallest perturbation of each image that any attack but the paper's found, and "length" (N,) are
-    the lengths of these, infinite where all failed."""
-    runs = {name: measure(f, x, y, ATTACKS[name], f"{label} {name}") for name in attacks}
+    "worst" is rho of each image's smallest perturbation by all attacks but the paper's, and "length" (N,) are the
+    lengths of these, infinite where all failed."""
+    runs = {name: measure(f, x, y, ATTACKS[name], f"{title} {name}") for name in attacks}
     row = {name: run["rho"] for name, run in runs.items()}
     row["failed"] = [run["failed"] for run in runs.values()]
     row["seconds"] = [run["seconds"] for run in runs.values()]
@@ -380,9 +382,9 @@ def evaluate(f, x, y, attacks, x_train, y_train, label):
 def compare_with_neighbours(f, x, y, run, x_train, y_train):
     """Table 2 by a vote of the nearest training images, on the images that f gets right and the paper's attack moved
     to its target; and two controls of this vote: the clean images, and random noise of the same length."""
-    moved = (predicted(logits(f, x)) == y) & run["length"].isfinite()
+    moved = (predicted(batched_logits(f, x)) == y) & run["length"].isfinite()
     x, x_adv, y = x[moved], run["x_adv"][moved], y[moved]
-    before, after = (logits(f, images).softmax(1).max(1) for images in (x, x_adv))
+    before, after = (batched_logits(f, images).softmax(1).max(1) for images in (x, x_adv))
     noise = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)) * per_image(l2(x_adv - x), x)
     voted, clean, noisy = (vote(images, x_train, y_train) for images in (x_adv, x, x + noise))
     return {"looks like target %": percent(voted == after.indices), "looks like original %": percent(voted == y),
@@ -488,19 +490,19 @@ def report(groups, attacks, caption):
     lines = [f"Table 1: test error, and rho on {caption}",
              *table(groups, ["test error %", *columns, *attacks, "failed", "seconds"]),
              "rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself, without the images that were not fooled",
-             f"failed, their number, and seconds: {'/'.join(attacks)}"]
+             f"failed (were not fooled) and seconds, by attack, summed over seeds: {'/'.join(attacks)}"]
     if smallest:
-        lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left when "
-                     "|x_adv - x| may be 1.5")
+        lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left under "
+                     "those of up to length 1.5")
     if "paper" in attacks:
         columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "images",
                    "reached %"]
-        lines += ["", "Table 2: images under the paper's attack, labelled by the 5 nearest training images, for people",
-                  *table(groups, columns), "clean error: of these labels without attack; noise: random, of the same "
-                  "length; reached: within 1e-6 of the clean image's confidence"]
+        lines += ["", f"Table 2: {caption} under the paper's attack; the 5 nearest training images vote for people",
+                  *table(groups, columns), "clean error: of this vote on clean images; noise: on random noise of the "
+                  "attack's length; reached: within 1e-6 of the clean confidence"]
     rows = [row for group in groups for row in group if "shorter than ddn %" in row]
     if rows:
-        lines += ["", "Masked gradients? How much shorter the smallest perturbations are than those of DDN alone:"]
+        lines += ["", f"Masked gradients? {caption}, how much shorter than DDN's alone the smallest perturbations are:"]
     for row in rows:
         shorter = row["shorter than ddn %"]
         line = f"{row['checkpoint']}: {shorter:.1f}%; every attack fails on {row['all failed']} images"
@@ -538,6 +540,7 @@ def save_png(path, page):
     """Writes a page (H,W) of floats, clamped to [0,1], as 8-bit greyscale PNG."""
     if page.dim() != 2 or not page.is_floating_point():
         raise ValueError(f"page: {page.dtype} of shape {tuple(page.shape)}, expected floats (H,W) in [0,1]")
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     lines = F.pad((255 * page.clamp(0, 1)).round().byte(), (1, 0))  # each line begins with its filter, 0: none
@@ -549,12 +552,12 @@ def save_png(path, page):
 def figure_2(f, x, y, x_train, y_train):
     """A page of ten rows, the original classes, and ten columns, the targets: off the diagonal the attack to C = 0.95,
     dimmed where it did not reach C, on it the clean image in a white frame. And how many of the 90 attacks reached C,
-    and how many of them look like their target to the nearest training images."""
+    and how many of the 90 look like their target to the nearest training images."""
     digits = torch.arange(10, device=x.device)
     original, target = digits.repeat_interleave(10), digits.repeat(10)
     grid, off = x[(y == digits[:, None]).int().argmax(1)][original], original != target
     grid[off] = high_confidence_attack(f, grid[off], target[off], 0.95)
-    confidence = logits(f, grid).softmax(1).gather(1, target[:, None]).squeeze(1)
+    confidence = batched_logits(f, grid).softmax(1).gather(1, target[:, None]).squeeze(1)
     short = off & (confidence < 0.95 - 1e-6)
     alike = vote(grid, x_train, y_train) == target
     grid[short] *= 0.35
@@ -569,7 +572,8 @@ def figure_4(f, x, y):
     DDN; the paper took Carlini-Wagner), c at the confidence of the clean image (by the paper's attack)."""
     x, y = x[:8], y[:8]
     rows = {"a": x, "b": ddn(f, x, y), "c": paper_attack(f, x, y)}
-    return {letter: (row, 100 * logits(f, row).softmax(1).amax(1).mean().item()) for letter, row in rows.items()}
+    confidence = {letter: batched_logits(f, row).softmax(1).amax(1).mean().item() for letter, row in rows.items()}
+    return {letter: (row, 100 * confidence[letter]) for letter, row in rows.items()}
 
 
 COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
@@ -609,18 +613,20 @@ def save_svg(path, title, groups):
 
 def draw(folder, groups, networks, x, y, x_train, y_train, caption):
     """Draws Figures 2 and 4 of each network, and for each architecture the accuracy of all groups. Lines of text."""
-    lines, right = [], torch.stack([predicted(logits(f, x)) == y for f in networks.values()]).all(0)
+    lines, right = [], torch.stack([predicted(batched_logits(f, x)) == y for f in networks.values()]).all(0)
     some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
     x, y = x[some], y[some]
     for name, f in networks.items():
         path = folder / f"figure2-{name}.png"
         page, reached, alike = figure_2(f, x, y, x_train, y_train)
         save_png(path, page)
-        lines.append(f"{path}: {reached} of 90 attacks reach 95%, others are dimmed; {alike} look like their target")
+        lines.append(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others "
+                     f"are dimmed; {alike} of 90 look like their target")
         for letter, (row, confidence) in figure_4(f, x, y).items():
             path = folder / f"figure4-{name}-{letter}.png"
             save_png(path, tile(row, 8))
-            lines.append(f"{path}: mean confidence {confidence:.0f}%")
+            how = {"a": "clean", "b": "at the boundary by DDN (the paper: Carlini-Wagner)", "c": "the paper's attack"}
+            lines.append(f"{path}: {how[letter]}, mean confidence {confidence:.0f}%")
     for arch in NETWORKS:
         mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
         if mine:
@@ -644,8 +650,8 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def path(text):
-    """An argparse type: a path, its ~ the home folder, also where no shell has put that in."""
+def user_path(text):
+    """An argparse type: a path, with ~ expanded, which not every shell does."""
     return Path(os.path.expanduser(text))
 
 
@@ -653,7 +659,7 @@ def add_data_flags(parser, default):
     """--data, --data-dir and --device, as train.py has them too."""
     parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download "
                         f"(default {default or 'what the checkpoints were trained on'})")
-    parser.add_argument("--data-dir", type=path, metavar="DIR", help="the folder of MNIST's four files (default: "
+    parser.add_argument("--data-dir", type=user_path, metavar="DIR", help="the folder of MNIST's four files (default: "
                         "$MNIST_DIR, else data)")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: CUDA where there is one")
@@ -662,16 +668,17 @@ def add_data_flags(parser, default):
 def parse_flags(argv):
     """The command line as argparse has it, with the defaults that depend on the device."""
     parser = argparse.ArgumentParser(description="Attacks trained classifiers and prints Tables 1 and 2.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=path, help="files that train.py wrote, or "
-                        "patterns such as 'runs/*.pt'")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=user_path, help="files that train.py "
+                        "wrote, or patterns such as 'runs/*.pt'")
     parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
                         "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
     parser.add_argument("--attacks", metavar="NAME,...", help="deepfool: to the closest boundary, step by step; cw: "
                         "Carlini and Wagner's l2 attack; paper: the paper's own, to the clean image's confidence; ddn: "
                         "decoupled direction and norm (default: all, on a CPU without cw, which takes long)")
-    parser.add_argument("--figures", type=path, metavar="DIR", help="draw Figures 2 and 4 of each network, and the "
-                        "accuracy by length of the perturbation, into this folder")
-    parser.add_argument("--json", type=path, metavar="FILE", help="keep all figures and how they were measured")
+    parser.add_argument("--figures", type=user_path, metavar="DIR", help="draw Figures 2 and 4 of each network, and "
+                        "the accuracy by length of the perturbation, into this folder")
+    parser.add_argument("--json", type=user_path, metavar="FILE.json", help="write every number, and how it was "
+                        "measured, to this file")
     add_data_flags(parser, default=None)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
@@ -701,7 +708,7 @@ def load_all(args):
     loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
     for path, (_, settings) in zip(args.checkpoints, loaded):
         if [settings == other for _, other in loaded].count(True) > 1:
-            raise ValueError(f"{path} is given twice, or another checkpoint is of the same settings and seed")
+            raise ValueError(f"{path} is given twice, or another checkpoint has the same settings and seed")
         if args.figures and [path.stem == other.stem for other in args.checkpoints].count(True) > 1:
             raise ValueError(f"{path}: the pictures of two checkpoints of this name would overwrite each other")
     trained_on = {settings["data"] for _, settings in loaded}
@@ -731,7 +738,8 @@ def main(argv=None):
         return 2
     x_train, y_train, x, y = (part.to(args.device) for part in (sets[0][10000:], sets[1][10000:], *sets[2:]))
     order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
-    some, caption, groups, status = order[:args.n], f"{args.n} {source} test images", {}, 0
+    some, caption = order[:args.n], f"{args.n} {source} test images"
+    groups, measured, status = {}, {}, 0
     protocol = {"images": f"first {args.n} of torch.randperm(10000), seed 0, of the test set of {source}",
                 "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks},
                 "device": args.device, "torch": torch.__version__}
@@ -745,6 +753,7 @@ def main(argv=None):
                 row["published"] = dict(zip(PUBLISHED_COLUMNS, known))
             row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
             groups.setdefault(str(sorted({**settings, "seed": 0}.items())), []).append(row)  # the same but for the seed
+            measured[path.stem] = f
             if args.json:  # what is known is kept before anything is printed
                 save_json(args.json, [row for group in groups.values() for row in group], protocol)
     except KeyboardInterrupt:
@@ -752,12 +761,16 @@ def main(argv=None):
         status = 130
         if not groups:
             return status
+    except OSError as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        status = 2
     groups = list(groups.values())
     lines = report(groups, args.attacks, caption)
     try:
         if args.figures:
-            networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
-            lines += draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
+            lines += draw(args.figures, groups, measured, x[order[:500]], y[order[:500]], x_train, y_train, caption)
+    except KeyboardInterrupt:
+        status = 130
     except OSError as error:  # the tables are printed all the same
         print(f"eval.py: error: {error}", file=sys.stderr)
         status = 2

@@ -1,7 +1,7 @@
 """Train a classifier against its adversary critic, or one of the defenses that the paper compares it with.
 
     python train.py --arch lenet                          the paper's run: 100 epochs, 50,000 training steps of MNIST
-    python train.py --arch lenet --quick                  360 steps, 3 min 14 s on two CPU cores
+    python train.py --arch lenet --quick                  180 + 360 steps, 3 min 14 s on two CPU cores
     python train.py --arch lenet --quick --data strokes   the same on drawn digits, without a download
 
 Prints a line per epoch and, last, the command that measures the network on the test set.
@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -29,8 +30,8 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
                        uniform_class)
-from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, path, read_checkpoint,
-                  unit)
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, read_checkpoint,
+                  unit, user_path)
 
 BATCH = 100
 
@@ -58,8 +59,8 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
     logits = checked(f(x), x, y=y)
     log_p = logits.detach().log_softmax(1)
 
-    def divergence(x):
-        return F.kl_div(f(x).log_softmax(1), log_p, log_target=True, reduction="batchmean")
+    def divergence(other):
+        return F.kl_div(f(other).log_softmax(1), log_p, log_target=True, reduction="batchmean")
     x_i = (x + xi * unit(torch.randn_like(x))).requires_grad_()
     grad, = torch.autograd.grad(len(x) * divergence(x_i), x_i)  # each image's own, not its share of a mean
     return F.cross_entropy(logits, y) + divergence(x + eps * unit(grad))
@@ -67,7 +68,8 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
 
 def margin(f, x, y, lam=0.1):
     """Margin maximisation (Matyasko and Chau 2017): the hinge max(0, 1 - f_y + max_{k != y} f_k), and lam times
-    max_k |grad_x (f_y - f_k)|_2^2. The second k is picked as a constant; its difference alone is differentiated."""
+    max_k |grad_x (f_y - f_k)|_2^2. The class of the second max is picked first; its difference alone is differentiated.
+    """
     k = boundaries(f, x, y)[1].argmax(1)
     x = x.detach().requires_grad_()
     logits = f(x)
@@ -84,7 +86,7 @@ def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
     radius = eps * torch.rand(len(x), dtype=x.dtype, device=x.device) ** (1 / x[0].numel())
     x_adv = x + per_image(radius, x) * direction
     for _ in range(steps):
-        x_i = x_adv.clamp(0, 1).requires_grad_()  # towards x, so it stays in the ball
+        x_i = x_adv.clamp(0, 1).requires_grad_()  # moves no pixel away from x: it stays in the ball
         grad, = torch.autograd.grad(F.cross_entropy(checked(f(x_i), x, y=y), y, reduction="sum"), x_i)
         r = x_i.detach() + step * unit(grad) - x
         x_adv = x + per_image(l2(r).clamp(max=eps), r) * unit(r)
@@ -119,7 +121,7 @@ class Run:
 def start(settings, device):
     """A fresh run, Adam and its learning rates as in Section 5."""
     torch.manual_seed(settings["seed"])
-    fused = torch.device(device).type in ("cpu", "cuda")
+    fused = torch.device(device).type in ("cpu", "cuda")  # there is no fused Adam on the tests' meta device
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
         return Run(settings, f, torch.optim.Adam(f.parameters(), lr=1e-3, fused=fused))
@@ -145,14 +147,14 @@ def step(run, epoch, x, y):
         nll = F.cross_entropy(logits, y)
         minimise(nll, run.adam_f)
         return {"nll": nll.detach()}
-    return train_step(run.f, run.D, run.confidence, run.adam_f, run.adam_D, x, y, settings["lam"],
-                      settings["lambda_rec"], settings["lambda_grad"], settings["attack_steps"],
-                      TARGETS[settings["target"]])
+    return train_step(run.f, run.D, run.confidence, run.adam_f, run.adam_D, x, y, lam=settings["lam"],
+                      lambda_rec=settings["lambda_rec"], lambda_grad=settings["lambda_grad"],
+                      steps=settings["attack_steps"], choose_target=TARGETS[settings["target"]])
 
 
 def set_learning_rates(run, epoch):
-    """Section 5: halved after epochs 40 and 80 of 100. The baselines: times 0.95 after each of 100 epochs. A run of
-    another length ends with the same rate."""
+    """Section 5: halved after epochs 40 and 80 of 100, of another length E after round(0.4 E) and round(0.8 E). The
+    baselines: times 0.95^(100 / E) after each epoch."""
     epochs, factor = run.settings["epochs"], 1.0
     if run.settings["defense"] != "critic":
         factor = 0.95 ** (100 / epochs * (epoch - 1))
@@ -181,8 +183,8 @@ def save(run, out):
 
 
 def save_log(run, out):
-    """The checkpoint's log as CSV, always as a whole, so that no kill loses or doubles a row. Where it cannot be
-    written, as while a spreadsheet has it open, a warning: the checkpoint has it, the next epoch writes it."""
+    """The checkpoint's log as CSV, always written whole, so that no kill loses or doubles a row. Where it cannot be
+    written, as while a spreadsheet has it open, a warning: the next epoch writes it again."""
     text = io.StringIO()
     table = csv.DictWriter(text, ["epoch", "seconds", *COLUMNS])
     table.writeheader()
@@ -190,7 +192,7 @@ def save_log(run, out):
     try:
         replace(out.with_suffix(".csv"), text.getvalue().encode())
     except OSError as error:
-        print(f"train.py: warning: the log waits for the next epoch: {error}", file=sys.stderr)
+        print(f"train.py: warning: the log could not be written, the next epoch tries again: {error}", file=sys.stderr)
 
 
 def replace(path, content):
@@ -221,7 +223,7 @@ def restore(run, out):
         if device.type == "cuda" and "random_cuda" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], device)
         return run.log[-1]["epoch"]
-    except Exception as error:  # whatever a part of it makes of what is not its state
+    except Exception as error:  # load_state_dict has many kinds of errors for what is not its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         raise ValueError(f"{out} is not the whole state of a run, it cannot be resumed ({reason})") from None
 
@@ -233,8 +235,8 @@ COLUMNS = {"loss": "{:.3f}", "nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}
 
 
 def train_epoch(run, x, y, epoch, to_go=0):
-    """One pass over x (bytes), y in batches of a random order; the means of what step returns, as floats. to_go: say
-    how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
+    """One pass over x (bytes), y in whole batches of a random order; the means of what step returns, as floats. to_go:
+    say how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
     rows, times = [], {}
     for i, batch in enumerate(order, 1):
@@ -254,15 +256,14 @@ def train_epoch(run, x, y, epoch, to_go=0):
     weights = [*run.f.parameters()] + ([] if run.D is None else [*run.D.parameters()])
     if bad.any() or not all(weight.isfinite().all() for weight in weights):
         first = bad.int().argmax().item() + 1 if bad.any() else len(order)
-        raise FloatingPointError(f"the loss or a weight is not finite from step {first} of epoch {epoch} on")
+        raise FloatingPointError(f"the loss or a weight is not finite since step {first} of epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
 
 
 def estimate(seconds, steps, epochs, cuda):
     """In words, how long so many epochs of so many steps will take, seconds each."""
     total = seconds * steps * epochs
-    line = (f"      {1000 * seconds:.0f} ms a step, so the {epochs} epochs to go will take about {clock(total)} "
-            "(hours:minutes:seconds)")
+    line = f"      {1000 * seconds:.0f} ms a step, so about {clock(total)} to go (hours:minutes:seconds)"
     return line + "; --quick takes minutes" if total > 3600 and not cuda else line
 
 
@@ -323,16 +324,16 @@ def parse_flags(argv):
                         "batches, the noise and the targets (default 0)")
     parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="how many to train on (default 50000)")
     add_data_flags(parser, default="mnist")
-    parser.add_argument("--out", type=path, metavar="FILE.pt", help="the checkpoint, its log is FILE.csv beside it "
-                        "(default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt)")
+    parser.add_argument("--out", type=user_path, metavar="FILE.pt", help="the checkpoint, its log is FILE.csv beside "
+                        "it (default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds; give the same flags")
     parser.add_argument("--quick", action="store_true", help="minutes on a CPU: 18000 training images, 2 epochs after "
                         "that of plain NLL (the other defenses: 3)")
     paper = parser.add_argument_group("constants of the paper, for --defense critic")
     paper.add_argument("--lam", type=number(float, 0), help="weight of fooling the critic in the classifier's loss, "
                        "Eq. 5 (default 0.1 for lenet, 0.5 for mlp)")
-    paper.add_argument("--lambda-rec", type=number(float, 0), help="weight of the cycle term, that the attack back "
-                       "leads to the image it came from, Eq. 6 (default 0.01)")
+    paper.add_argument("--lambda-rec", type=number(float, 0), help="weight of the cycle term, which pulls the attack "
+                       "back from x_adv to the image it came from, Eq. 6 (default 0.01)")
     paper.add_argument("--lambda-grad", type=number(float, 0), help="weight of the penalty that keeps the critic's "
                        "gradient at length 1, Section 4 (default 10)")
     paper.add_argument("--attack-steps", type=number(int, 1), help="steps of the attack, Algorithm 1 (default 5)")
@@ -376,9 +377,10 @@ def load(source, data_dir, train_images, device):
 
 
 def prepare(args, settings):
-    """The run, fresh or as --resume finds it, and its data, once it is sure that nothing is overwritten and --out can
-    be written. OSError, ValueError."""
-    run, log = start(settings, args.device), args.out.with_suffix(".csv")
+    """The run, fresh or as --resume finds it, and its data (None where the run is finished), after checking that
+    nothing would be overwritten and that --out can be written. OSError, ValueError."""
+    run = start(settings, args.device)
+    log = args.out.with_suffix(".csv")
     if args.resume:
         if restore(run, args.out) == settings["epochs"]:
             save_log(run, args.out)
@@ -403,7 +405,6 @@ def main(argv=None):
     """The command line; returns the exit status."""
     args, settings = parse_flags(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run, sets = prepare(args, settings)
     except (OSError, ValueError) as error:
@@ -419,7 +420,8 @@ def main(argv=None):
         train(run, args.out, *sets)
     except KeyboardInterrupt:
         words = ["python", "train.py", *(sys.argv[1:] if argv is None else argv)]
-        again = shlex.join(words if args.resume else [*words, "--resume"])
+        quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        again = quote(words if args.resume else [*words, "--resume"])
         kept = (f"{args.out} keeps the last whole epoch; go on with: {again}" if args.out.exists() else
                 "No epoch was finished, so nothing was saved.")
         print(f"\nInterrupted. {kept}", file=sys.stderr)
@@ -433,4 +435,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())
