@@ -164,7 +164,7 @@ def test_classifier_loss_image_by_image():
     y_adv, nll, fool, cycle = f(x_adv).argmax(1), -pick(f(x).log_softmax(1), y).mean(), [], []
     for i in (y_adv != label).nonzero().flatten():
         fool.append(-torch.sigmoid(D(x_adv[i:i + 1])[0, y_adv[i]]).log())
-        x_rec = attack(f, x_adv[i:i + 1], label[i:i + 1], f(x[i:i + 1]).softmax(1).max(), create_graph=True)
+        x_rec = attack(f, x_adv[i:i + 1].detach(), label[i:i + 1], f(x[i:i + 1]).softmax(1).max(), create_graph=True)
         cycle.append((x_rec - x[i]).square().sum())
     assert 0 < len(fool) < 8  # otherwise this shows nothing
     expected = [nll, sum(fool) / len(fool), sum(cycle) / len(cycle), torch.tensor(len(fool) / 8)]
@@ -539,19 +539,23 @@ def test_high_confidence_attack_ends_inside_the_box_at_its_confidence():
     assert (f(low).argmax(1) == target).all()
 
 
-def test_high_confidence_attack_step_by_step():
-    """Each step is Eq. 7's, cut to 0.1 before the overshoot, then clamped; with as many steps as it needs."""
+@pytest.mark.parametrize("max_step", [0.1, None])
+def test_high_confidence_attack_step_by_step(max_step):
+    """Each step is Eq. 7's, cut before the overshoot, then clamped; with as many steps as it needs."""
     f, x = smooth(), images(8)
     target, expected = (f(x).argmax(1) + 1) % 5, x
-    for _ in range(3):
-        r_i, p, _ = attack_step(f, expected, target, 0.9)
-        assert (p < 0.9).all()
+    for _ in range(2):
+        r_i, p, _ = attack_step(f, expected, target, 0.999)
+        assert (p < 0.999).all()
         length = r_i.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        expected = (expected + 1.02 * torch.where(length > 0.1, 0.1 * r_i / length, r_i)).clamp(0, 1)
-    assert torch.allclose(high_confidence_attack(f, x, target, 0.9, steps=3), expected, rtol=0, atol=1e-12)
+        if max_step:
+            r_i = torch.where(length > max_step, max_step * r_i / length, r_i)
+        expected = (expected + 1.02 * r_i).clamp(0, 1)
+    x_adv = high_confidence_attack(f, x, target, 0.999, steps=2, max_step=max_step)
+    assert torch.allclose(x_adv, expected, rtol=0, atol=1e-12)
 
 
-def test_paper_attack_goes_to_the_closest_class_and_the_clean_confidence():
+def test_paper_attack_goes_to_the_closest_class_and_the_clean_confidence(monkeypatch):
     f, x = smooth(), images(20)
     y = f(x).argmax(1)
     x_adv, target, C = paper_attack(f, x, y), closest_class(f, x, y), f(x).softmax(1).amax(1)
@@ -559,6 +563,10 @@ def test_paper_attack_goes_to_the_closest_class_and_the_clean_confidence():
     there = f(expected).argmax(1) == target
     assert there.sum() > 10 and torch.equal(x_adv[there], expected[there]) and torch.equal(x_adv[~there], x[~there])
     assert (pick(f(x_adv).softmax(1), target) >= C)[there].double().mean() > 0.9
+    other = x.clone()
+    other[:] = x[(f(x).argmax(1) != y[0]) & (f(x).argmax(1) != target[0])][:1]  # for image 0 a third class
+    monkeypatch.setattr(evaluation, "high_confidence_attack", lambda f, x, target, confidence: other[:len(x)])
+    assert torch.equal(paper_attack(f, x[:1], y[:1]), x[:1])
 
 
 def test_attacks_that_fail_return_x():
@@ -714,6 +722,7 @@ def test_the_right_length_in_every_precision(method, dtype):
     assert length == pytest.approx(0.5 / 2 ** 0.5, rel=0.05)
     assert evaluation.rho(x, x_adv).item() == pytest.approx(length / 1.25 ** 0.5)
     assert method(f, x, Y.int()).equal(x_adv)  # labels may be of any integer type
+    assert torch.allclose(method(lambda x: f(x).double(), x, Y), x_adv, rtol=0.01)  # and logits of any floating-point
 
 
 def test_an_f_that_works_in_place():
@@ -802,6 +811,20 @@ def test_what_the_tables_say():
     f[1].weight.data *= 0  # no attack moves an image
     row = evaluation.evaluate(f, x, y, ["deepfool", "paper", "ddn"], x, y, "")
     assert row["all failed"] > 0 and row["length"].isinf().any() and math.isnan(row["looks like target %"])
+
+
+def test_worst_is_of_all_attacks_but_the_papers(monkeypatch):
+    lengths = {"deepfool": [3.0, 1.1, 1.3, math.inf], "cw": [2.0, 1.2, 1.4, math.inf], "paper": [0.1, 0.1, 0.1, 0.1],
+               "ddn": [4.0, 2.0, math.inf, math.inf]}
+    found = {evaluation.ATTACKS[name]: torch.tensor(length) for name, length in lengths.items()}
+    monkeypatch.setattr(evaluation, "compare_with_neighbours", lambda *arguments: {})
+    monkeypatch.setattr(evaluation, "measure", lambda f, x, y, method, title: dict(
+        length=found[method], rho=0.5, failed=1, seconds=2.0))
+    row = evaluation.evaluate(None, torch.ones(4, 1, 2, 2), None, list(lengths), None, None, "")
+    assert row["length"].tolist() == pytest.approx([2.0, 1.1, 1.3, math.inf]) and row["all failed"] == 1
+    assert row["worst"] == pytest.approx((2 + 1.1 + 1.3) / 3 / 2)  # each image's norm is 2
+    assert [row[f"at {length} %"] for length in (1.0, 1.25, 1.5)] == [100, 75, 50]
+    assert row["shorter than ddn %"] == pytest.approx(100 * (1 - (2 + 1.1) / (4 + 2)))
 
 
 def test_a_table_of_two_seeds():
@@ -936,6 +959,21 @@ def test_download(small, tmp_path, capsys, monkeypatch):
     for part in ("none", "No such file", "neither gzip nor IDX", "more than", "--data strokes", *bad):
         assert part in error
     assert len(error.splitlines()) <= 10 and not (tmp_path / "none").exists()
+
+
+def test_downloads_at_once_in_one_process(small, tmp_path):
+    files, tensors = small
+    for page, content in files.items():
+        (tmp_path / f"{page}.gz").write_bytes(content)
+    found, mirrors = [], [f"{tmp_path.as_uri()}/"]
+    threads = [threading.Thread(target=lambda: found.append(data.load_mnist(tmp_path / "new", mirrors)))
+               for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16 and all(torch.equal(y_train, tensors[1]) for _, y_train, *_ in found)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"{page}.gz" for page in files)
 
 
 def test_stroke_digits():
