@@ -242,6 +242,9 @@ def test_gradient_of_the_attack_with_respect_to_weights_and_confidence():
     for create_graph in (False, True):
         found = attack(f, x, target, C, steps=4, create_graph=create_graph)
         assert torch.allclose(found, x_adv, rtol=0, atol=1e-12) and found.requires_grad == create_graph
+    leaf = x.clone().requires_grad_()
+    of_x = attack(f, leaf, target, C, steps=4, create_graph=True)
+    assert torch.autograd.grad(of_x.sum(), leaf, allow_unused=True) == (None,)  # x is a constant
     check_gradient(lambda: (found * v).sum(), lambda: (walk(f, x, target, C, trace)[0] * v).sum(), [*f.parameters(), C])
 
 
