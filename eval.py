@@ -3,7 +3,7 @@
     python eval.py results/lenet-critic.pt          500 images in 2 min 23 s on two CPU cores
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
-Prints the tables, the paper's values in brackets: a line for each defense and network, with mean±standard deviation
+Prints the tables, the published values in brackets: a line for each defense and network, with mean±standard deviation
 over checkpoints that differ only in the seed. The attacks are functions of any classifier f, images x and labels y.
 """
 import argparse
@@ -462,9 +462,10 @@ PUBLISHED = {  # the paper's values, in this order
 
 
 def table(groups, names):
-    """Lines of text, one for each group of rows: its name and seeds, and the figures of these names, the paper's in
-    brackets."""
-    cells = [["", "seeds", *(f"{name} (paper)" if name in PUBLISHED_COLUMNS else name for name in names)]]
+    """Lines of text, one for each group of rows: its name and seeds, and the figures of these names, the published
+    ones in brackets."""
+    published = {name for group in groups for name in group[0]["published"]}
+    cells = [["", "seeds", *(f"{name} (published)" if name in published else name for name in names)]]
     for group in groups:
         cells.append([group[0]["name"], str(len(group))])
         for name in names:
