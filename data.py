@@ -79,7 +79,8 @@ def verify(content, shape, sha256):
     if found != shape:
         raise ValueError(f"shape {found}, expected {shape}")
     if len(content) != size:
-        raise ValueError(f"{'more than ' * (len(content) > size)}{min(len(content), size)} bytes, expected {size}")
+        found = f"more than {size}" if len(content) > size else f"{len(content)}"
+        raise ValueError(f"{found} bytes, expected {size}")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"its SHA-256 is not {sha256[:12]}...")
     return content

@@ -1052,18 +1052,18 @@ def test_scripts_end_to_end(tmp_path):
 
 
 def test_results_and_pictures_are_saved_before_anything_is_printed(scripts, monkeypatch):
-    torch.save({**GOOD, "f": lenet().state_dict()}, "a&b<1>-0.pt")
+    torch.save({**GOOD, "f": lenet().state_dict()}, "a&b-0.pt")
 
     def closed(*words, **options):
         raise BrokenPipeError
     with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
         patch.setattr("builtins.print", closed)
-        evaluation.main(["a&b<1>-0.pt", "--n", "5", "--attacks", "deepfool", "--json", "all.json", "--figures",
+        evaluation.main(["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--json", "all.json", "--figures",
                          "pictures", "--device", "cpu"])
     row, = json.loads(Path("all.json").read_text())["results"]
     assert row["worst"] == row["deepfool"] > 0 and "paper" not in row
     assert sorted(path.name for path in Path("pictures").iterdir()) == [
-        "accuracy-lenet.svg", "figure2-a&b<1>-0.png", *(f"figure4-a&b<1>-0-{row}.png" for row in "abc")]
+        "accuracy-lenet.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
     xml.etree.ElementTree.parse("pictures/accuracy-lenet.svg")
 
 
