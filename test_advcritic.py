@@ -485,13 +485,13 @@ def test_deepfool_image_by_image(max_step):
         r, classes = torch.zeros_like(image), []
         while f((image + 1.02 * r).clamp(0, 1)[None]).argmax() == label:
             z, W = jacobian(f, image + r)
-            ratio = torch.tensor([math.inf if k == label else (z[k] - z[label]).abs() / (W[k] - W[label]).norm()
-                                  for k in range(10)])
-            k = ratio.argmin()
+            ratio = [math.inf if k == label else ((z[k] - z[label]).abs() / (W[k] - W[label]).norm()).item()
+                     for k in range(10)]
+            k = ratio.index(min(ratio))
             length, w = (z[k] - z[label]).abs() / (W[k] - W[label]).norm(), W[k] - W[label]
             r = r + (min(length, max_step or math.inf) + 1e-4) * (w / w.norm()).view_as(r)
             r = ((image + 1.02 * r).clamp(0, 1) - image) / 1.02
-            classes.append(k.item())
+            classes.append(k)
         changes += len(set(classes)) > 1
         expected.append((image + 1.02 * r).clamp(0, 1))
     assert changes > 0 or max_step is None  # with full steps two or three are enough
