@@ -1196,7 +1196,7 @@ def test_bad_checkpoints_are_refused_by_name(scripts, capsys, kind):
 
 # --- What is shipped and what README says -------------------------------------------------------------------------
 
-SHIPPED = {"lenet-critic.pt": 1.39}  # test error in percent
+SHIPPED = {"lenet-critic.pt": 1.30, "lenet-reference.pt": 0.89}  # test errors in percent
 
 
 @needs_mnist
@@ -1220,3 +1220,32 @@ def test_the_examples_of_readme(scripts):
         exec(block, names)
     assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == GOOD["settings"]
     torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))
+
+
+def commands(text):
+    """The script and the flags of each line of a Markdown text that calls one, in a loop with one of its values."""
+    for line in text.splitlines():
+        line = line.strip().replace("$arch", "lenet").replace("$defense", "vat").split(";")[0]
+        if line.startswith(("python train.py", "python eval.py")):
+            _, script, *flags = shlex.split(line, comments=True)
+            yield script, flags
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_every_command_parses(name):
+    found = list(commands((HERE / name).read_text(encoding="utf-8")))
+    assert len(found) > 2
+    for script, flags in found:
+        {"train.py": train.parse_flags, "eval.py": evaluation.parse_flags}[script](flags)
+
+
+def test_the_first_table_of_readme_is_measured():
+    """Each of its numbers, rounded as there, is that of one network in results/."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = [row for path in (HERE / "results").glob("*.json") for row in json.loads(path.read_text())["results"]]
+    table = text[text.index("| defense |"):].split("\n\n")[0].splitlines()[2:]
+    known = {(row["settings"]["defense"], f"{row['test error %']:.2f}", f"{row['worst']:.3f}",
+              f"{row['looks like target %']:.0f}") for row in rows if "looks like target %" in row}
+    assert len(table) > 4
+    for line in table:
+        assert tuple(re.search(r"[\w.]+", cell)[0] for cell in line.strip("|").split("|")) in known
