@@ -130,7 +130,8 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
         return torch.where(moved, value, 0).sum() / moved.sum().clamp(min=1)
 
     # The gradient of `fool` runs through D (whose weights stay put, see minimise) and x_adv into the attack and f.
-    fool = mean_moved(F.softplus(-checked(D(x_adv), x).gather(1, y_adv[:, None]).squeeze(1)))
+    score = checked(D(x_adv), x).gather(1, y_adv[:, None]).squeeze(1)  # D_y_adv(x_adv)
+    fool = mean_moved(F.softplus(-score))
     # x_adv is a constant here: of the two attacks only the way back is differentiated. Its confidence is not detached,
     # as in the released code, so this term trains f at x as well; detaching it changes its gradient by about a third.
     # Eq. 6 prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
@@ -241,10 +242,12 @@ def boundaries(f, x, label):
         w, shortest = torch.zeros_like(x), torch.full_like(gap[:, 0], torch.inf)  # of the closest so far
         for k in range(logits.shape[1]):
             w_k, = torch.autograd.grad(difference[:, k].sum(), x, retain_graph=True)
-            norms.append(w_k.flatten(1).norm(dim=1))
-            distance = boundary_distance(gap[:, k], norms[k]).masked_fill(label == k, torch.inf)
+            norm_k = w_k.flatten(1).norm(dim=1)
+            norms.append(norm_k)
+            distance = boundary_distance(gap[:, k], norm_k).masked_fill(label == k, torch.inf)
             closer = distance < shortest
-            w, shortest = torch.where(per_image(closer, x), w_k, w), torch.where(closer, distance, shortest)
+            w = torch.where(per_image(closer, x), w_k, w)
+            shortest = torch.where(closer, distance, shortest)
     return gap, torch.stack(norms, 1), w
 
 

@@ -64,12 +64,6 @@ def batched_logits(f, x):
     return torch.cat([checked(f(part.clone()), part) for part in x.split(500)])  # clone: for an f that works in place
 
 
-def predicted(logits):
-    """The class (N,) of the largest logit of each row; -1, no class, where this is infinite or not a number."""
-    largest, label = logits.max(1)
-    return torch.where(largest.isfinite(), label, -1)
-
-
 def check_images(x):
     """ValueError unless x holds floating-point images (N,...) in [0,1]."""
     if not x.is_floating_point() or x.dim() < 2:
@@ -86,8 +80,8 @@ def check_labels(name, y, n, num_classes):
         raise ValueError(f"{name}: values from {y.min()} to {y.max()}, expected classes 0 to {num_classes - 1}")
 
 
-def image_attack(targeted):
-    """Decorates an attack method(f, x, y, ...), or with targeted method(f, x, target, ...), with what holds for all:
+def image_attack(method):
+    """Decorates an attack method(f, x, y, ...), or a targeted one, method(f, x, target, ...), with what holds for all:
 
     - f is any callable, images -> logits (N,K), that treats each image by itself (eval mode for batch norm and
       dropout); x (N,...) floating-point images in [0,1], y integers (N,). ValueError otherwise, also where a logit
@@ -97,47 +91,53 @@ def image_attack(targeted):
     - x_adv (N,...) in [0,1], of x's type, detached. An image that is not y to begin with, or that the attack did not
       turn into another class, comes back as x; targeted, only one that is not finite.
     """
-    def decorate(method):
-        signature = inspect.signature(method)
+    signature = inspect.signature(method)
+    name = list(signature.parameters)[2]
+    targeted = name == "target"
 
-        @functools.wraps(method)
-        def attack(*args, **kwargs):
-            options = signature.bind(*args, **kwargs).arguments
-            name = list(signature.parameters)[2]
-            f, x, y = options.pop("f"), options.pop("x"), options.pop(name)
-            with torch.inference_mode(False), torch.no_grad():
-                check_images(x)
-                x, y = x.clone(), y.clone()  # outside inference mode, so that autograd may keep them
-                if len(x) == 0:
-                    return x
+    @functools.wraps(method)
+    def attack(*args, **kwargs):
+        options = signature.bind(*args, **kwargs).arguments
+        f, x, y = options.pop("f"), options.pop("x"), options.pop(name)
+        with torch.inference_mode(False), torch.no_grad():
+            check_images(x)
+            x, y = x.clone(), y.clone()  # outside inference mode, so that autograd may keep them
+            if len(x) == 0:
+                return x
 
-                def g(some):
-                    return checked(f(some.to(x.dtype, copy=True)), some).to(some.dtype)
-                x_adv = wide(x).clone()
-                with torch.enable_grad():
-                    f_x = g(x_adv.clone().requires_grad_())
-                if not f_x.requires_grad:
-                    raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
-                f_x = f_x.detach()
-                check_labels(name, y, *f_x.shape)
-                if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
-                    raise ValueError("f: its logits at x are not finite")
-                y = y.long()
-                start = torch.full_like(y, True, dtype=torch.bool) if targeted else f_x.argmax(1) == y
-                if start.any():
-                    x_adv[start] = method(g, x_adv[start], y[start], **options)
-                x_adv = x_adv.clamp(0, 1).to(x.dtype)
-                done = x_adv.isfinite().flatten(1).all(1) if targeted else fooled(f, x_adv, y)
-                return torch.where(per_image(done, x), x_adv, x)
-        return attack
-    return decorate
+            def g(some):  # f on images in x's type, for an attack that computes in float32 at least
+                return checked(f(some.to(x.dtype, copy=True)), some).to(some.dtype)
+            x_adv = wide(x).clone()
+            with torch.enable_grad():
+                f_x = g(x_adv.clone().requires_grad_())
+            if not f_x.requires_grad:
+                raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
+            f_x = f_x.detach()
+            check_labels(name, y, *f_x.shape)
+            if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
+                raise ValueError("f: its logits at x are not finite")
+            y = y.long()
+            start = torch.ones_like(y, dtype=torch.bool) if targeted else f_x.argmax(1) == y
+            if start.any():
+                x_adv[start] = method(g, x_adv[start], y[start], **options)
+            x_adv = x_adv.clamp(0, 1).to(x.dtype)
+            done = x_adv.isfinite().flatten(1).all(1) if targeted else fooled(f, x_adv, y)
+            return torch.where(per_image(done, x), x_adv, x)
+    return attack
+
+
+def classify(f, x, y):
+    """The class (N,) that f gives to each image; -1, no class, where its largest logit is infinite or not a number.
+    y is only checked: ValueError unless it holds N labels that f knows."""
+    f_x = batched_logits(f, x)
+    check_labels("y", y, *f_x.shape)
+    largest, label = f_x.max(1)
+    return torch.where(largest.isfinite(), label, -1)
 
 
 def fooled(f, x_adv, y):
     """True (N,) where f classifies x_adv, with a finite logit, as another class than y."""
-    f_x = batched_logits(f, x_adv)
-    check_labels("y", y, *f_x.shape)
-    label = predicted(f_x)
+    label = classify(f, x_adv, y)
     return (label != y) & (label >= 0)
 
 
@@ -146,9 +146,14 @@ def unit(v):
     return v / per_image(l2(v).clamp(min=1e-12), v)
 
 
+def own_and_others(f_x, y):
+    """Of logits f_x (N,K): f_y (N,), and all of them with -inf in its place, for a maximum over the other classes."""
+    return f_x.gather(1, y[:, None]).squeeze(1), f_x.scatter(1, y[:, None], -torch.inf)
+
+
 # --- The attacks --------------------------------------------------------------------------------------------------
 
-@image_attack(targeted=False)
+@image_attack
 def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
     """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016), to the closest boundary, the class chosen anew at
     each step:
@@ -175,7 +180,7 @@ def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
     return x_adv
 
 
-@image_attack(targeted=False)
+@image_attack
 def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
 
@@ -198,8 +203,8 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
             with torch.enable_grad():
                 w.requires_grad_()
                 x_i = (w.tanh() + 1) / 2
-                f_x, label = f(x_i), y[live, None]
-                gap = (f_x.gather(1, label) - f_x.scatter(1, label, -torch.inf).amax(1, True)).squeeze(1)
+                f_y, others = own_and_others(f(x_i), y[live])
+                gap = f_y - others.amax(1)
                 square = (x_i - x[live]).flatten(1).square().sum(1)
                 loss = square + c[live] * gap.clamp(min=0)
                 grad, = torch.autograd.grad(loss.sum(), w)
@@ -225,7 +230,7 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     return x_adv
 
 
-@image_attack(targeted=False)
+@image_attack
 def ddn(f, x, y, steps=1000):
     """The l2 attack by decoupled direction and norm (Rony et al. 2019). From r = 0 and length 1, in each step:
 
@@ -234,25 +239,24 @@ def ddn(f, x, y, steps=1000):
     Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
     """
     x_adv, r = x.clone(), torch.zeros_like(x)
-    y = y[:, None]
     length, shortest = x.new_ones(len(x)), x.new_full((len(x),), torch.inf)
     for step in range(steps):
         with torch.enable_grad():
             x_i = (x + r).requires_grad_()
-            f_x = f(x_i)
+            f_y, others = own_and_others(f(x_i), y)
             # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
-            f_y, others = f_x.gather(1, y), f_x.scatter(1, y, -torch.inf)
-            grad, = torch.autograd.grad((others.logsumexp(1, True) - f_y).sum(), x_i)
-        success, norm = (others.amax(1, True) > f_y).squeeze(1), l2(r)
+            grad, = torch.autograd.grad((others.logsumexp(1) - f_y).sum(), x_i)
+        success, norm = others.amax(1) > f_y, l2(r)
         closer = success & (norm < shortest)
-        x_adv, shortest = torch.where(per_image(closer, x), x_i, x_adv), torch.where(closer, norm, shortest)
+        x_adv = torch.where(per_image(closer, x), x_i, x_adv)
+        shortest = torch.where(closer, norm, shortest)
         alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
         length = torch.where(success, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
         r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
     return x_adv.detach()
 
 
-@image_attack(targeted=True)
+@image_attack
 def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
     """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
     classifies x_adv as the target with a probability of at least confidence.
@@ -278,7 +282,7 @@ def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, ov
     return x_adv
 
 
-@image_attack(targeted=False)
+@image_attack
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
     and to the confidence that f has at x.
@@ -303,9 +307,7 @@ def percent(which):
 
 def error_rate(f, x, y):
     """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
-    f_x = batched_logits(f, x)
-    check_labels("y", y, *f_x.shape)
-    return percent(predicted(f_x) != y) / 100
+    return (classify(f, x, y) != y).double().mean().item()
 
 
 def mean_rho(x, length):
@@ -322,8 +324,7 @@ def measure(f, x, y, method, title=None):
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
     check_images(x)
-    f_x = batched_logits(f, x)
-    check_labels("y", y, *f_x.shape)
+    right = classify(f, x, y) == y
     start, parts = time.perf_counter(), []
     show = title is not None and sys.stderr.isatty()
     for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
@@ -339,14 +340,14 @@ def measure(f, x, y, method, title=None):
         raise ValueError(f"method: returned shape {tuple(x_adv.shape)}, expected that of x, {tuple(x.shape)}")
     length = l2(wide(x_adv) - wide(x.detach()))
     done = fooled(f, x_adv, y) & length.isfinite()
-    length = torch.where(predicted(f_x) == y, length, 0).masked_fill(~done, torch.inf)
+    length = torch.where(right, length, 0).masked_fill(~done, torch.inf)
     return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=(~done).sum().item(),
                 seconds=time.perf_counter() - start)
 
 
 def vote(x, x_train, y_train, k=5):
     """The class (N,) of images x by the vote of their k nearest training images in l2; ties go to the nearest."""
-    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device)
+    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device)  # 1.1, 1.05, ...: a tie goes to the nearer
     nearest = torch.cat([torch.cdist(part.flatten(1), x_train.flatten(1)).topk(k, largest=False).indices
                          for part in x.split(250)])
     return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
@@ -382,7 +383,7 @@ def evaluate(f, x, y, attacks, x_train, y_train, title):
 def compare_with_neighbours(f, x, y, run, x_train, y_train):
     """Table 2 by a vote of the nearest training images, on the images that f gets right and the paper's attack moved
     to its target; and two controls of this vote: the clean images, and random noise of the same length."""
-    moved = (predicted(batched_logits(f, x)) == y) & run["length"].isfinite()
+    moved = (classify(f, x, y) == y) & run["length"].isfinite()
     x, x_adv, y = x[moved], run["x_adv"][moved], y[moved]
     before, after = (batched_logits(f, images).softmax(1).max(1) for images in (x, x_adv))
     noise = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)) * per_image(l2(x_adv - x), x)
@@ -426,9 +427,10 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        arch, *_, source = (checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data"))
-        NETWORKS[arch]().load_state_dict(checkpoint["f"])
-        if damaged or source not in DATA or not all(part.isfinite().all() for part in checkpoint["f"].values()):
+        settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
+        NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
+        finite = all(part.isfinite().all() for part in checkpoint["f"].values())
+        if damaged or settings["data"] not in DATA or not finite:
             raise ValueError("it is damaged, its data unknown or a weight not finite")
         return checkpoint
     except OSError:
@@ -472,7 +474,7 @@ def table(groups, names):
             values = torch.tensor([row[name] for row in group], dtype=torch.float64)
             digits = 2 if "error" in name else 1 if "%" in name else 3
             cell = f"{values.mean():.{digits}f}"
-            if values.dim() == 2:  # a figure for each attack, over all seeds
+            if values.dim() == 2:  # a list, such as a number for each attack: its sums over all seeds
                 cell = "/".join(f"{value:.0f}" for value in values.sum(0))
             elif len(group) > 1:
                 cell += f"±{values.std():.{digits}f}"
@@ -513,19 +515,13 @@ def report(groups, attacks, caption):
 
 def save_json(path, rows, protocol):
     """Writes every figure, a line for each row, and how it was measured; null for what is infinite or not a number."""
-    lines = ",\n".join(json.dumps(plain(row)) for row in rows)
-    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{lines}\n]}}\n', encoding="utf-8")
-
-
-def plain(value):
-    """value as JSON can hold it: lists for tensors and tuples, None for a float that is no finite number."""
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    lines = []
+    for row in rows:
+        text = json.dumps(row, default=torch.Tensor.tolist)
+        finite = json.loads(text, parse_constant=lambda name: None)  # Infinity and NaN, which JSON does not have
+        lines.append(json.dumps(finite))
+    results = ",\n".join(lines)
+    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n', encoding="utf-8")
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
@@ -556,25 +552,25 @@ def figure_2(f, x, y, x_train, y_train):
     and how many of the 90 look like their target to the nearest training images."""
     digits = torch.arange(10, device=x.device)
     original, target = digits.repeat_interleave(10), digits.repeat(10)
-    grid, off = x[(y == digits[:, None]).int().argmax(1)][original], original != target
+    off = original != target
+    first = (y == digits[:, None]).int().argmax(1)  # the first image of each class
+    grid = x[first][original]
     grid[off] = high_confidence_attack(f, grid[off], target[off], 0.95)
     confidence = batched_logits(f, grid).softmax(1).gather(1, target[:, None]).squeeze(1)
     short = off & (confidence < 0.95 - 1e-6)
     alike = vote(grid, x_train, y_train) == target
     grid[short] *= 0.35
-    grid = F.pad(grid, (2, 2, 2, 2))
-    frame = F.pad(torch.zeros_like(x[:1]), (2, 2, 2, 2), value=1)
-    grid[~off] += frame
-    return tile(grid, 10), (off & ~short).sum().item(), (off & alike).sum().item()
+    framed = F.pad(grid, (2, 2, 2, 2))
+    framed[~off] = F.pad(grid[~off], (2, 2, 2, 2), value=1)
+    return tile(framed, 10), (off & ~short).sum().item(), (off & alike).sum().item()
 
 
 def figure_4(f, x, y):
-    """By its letter, each row of eight images and f's mean confidence in it, in percent: a clean, b at the boundary (by
-    DDN; the paper took Carlini-Wagner), c at the confidence of the clean image (by the paper's attack)."""
+    """Rows a, b and c by what they show: eight images each, and f's mean confidence in them in percent."""
     x, y = x[:8], y[:8]
-    rows = {"a": x, "b": ddn(f, x, y), "c": paper_attack(f, x, y)}
-    confidence = {letter: batched_logits(f, row).softmax(1).amax(1).mean().item() for letter, row in rows.items()}
-    return {letter: (row, 100 * confidence[letter]) for letter, row in rows.items()}
+    rows = {"clean": x, "at the boundary by DDN (the paper: Carlini-Wagner)": ddn(f, x, y),
+            "the paper's attack": paper_attack(f, x, y)}
+    return {shows: (row, 100 * batched_logits(f, row).softmax(1).amax(1).mean().item()) for shows, row in rows.items()}
 
 
 COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
@@ -597,12 +593,12 @@ def save_svg(path, title, groups):
         parts += [line([(70, 375 - 3.2 * share), (470, 375 - 3.2 * share)], "#ddd", 1),
                   text(60, 382 - 3.2 * share, f"{share}%", "end")]
     labels = []
-    for group in groups:
-        defense, length = group[0]["settings"]["defense"], torch.cat([row["length"] for row in group])
+    defenses = [group[0]["settings"]["defense"] for group in groups]
+    for group, defense in zip(groups, defenses):
+        length = torch.cat([row["length"] for row in group])
         points = [(70 + 10 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(41)]
         colour = COLOURS.get(defense, "grey")
-        alone = [other[0]["settings"]["defense"] for other in groups].count(defense) == 1
-        name = defense if alone else group[0]["name"]
+        name = defense if defenses.count(defense) == 1 else group[0]["name"]
         parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
         labels.append((points[-1][1], name, colour))
     bottom = math.inf
@@ -614,7 +610,8 @@ def save_svg(path, title, groups):
 
 def draw(folder, groups, networks, x, y, x_train, y_train, caption):
     """Draws Figures 2 and 4 of each network, and for each architecture the accuracy of all groups. Lines of text."""
-    lines, right = [], torch.stack([predicted(batched_logits(f, x)) == y for f in networks.values()]).all(0)
+    lines = []
+    right = torch.stack([classify(f, x, y) == y for f in networks.values()]).all(0)
     some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
     x, y = x[some], y[some]
     for name, f in networks.items():
@@ -623,11 +620,10 @@ def draw(folder, groups, networks, x, y, x_train, y_train, caption):
         save_png(path, page)
         lines.append(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others "
                      f"are dimmed; {alike} of 90 look like their target")
-        for letter, (row, confidence) in figure_4(f, x, y).items():
+        for letter, (shows, (row, confidence)) in zip("abc", figure_4(f, x, y).items()):
             path = folder / f"figure4-{name}-{letter}.png"
             save_png(path, tile(row, 8))
-            how = {"a": "clean", "b": "at the boundary by DDN (the paper: Carlini-Wagner)", "c": "the paper's attack"}
-            lines.append(f"{path}: {how[letter]}, mean confidence {confidence:.0f}%")
+            lines.append(f"{path}: {shows}, mean confidence {confidence:.0f}%")
     for arch in NETWORKS:
         mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
         if mine:
@@ -684,8 +680,9 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     if args.attacks is None:
-        args.attacks = ",".join(name for name in ATTACKS if cuda or name != "cw")
-    args.attacks = list(dict.fromkeys(args.attacks.split(",")))
+        args.attacks = [name for name in ATTACKS if cuda or name != "cw"]
+    else:
+        args.attacks = list(dict.fromkeys(args.attacks.split(",")))  # each of them once
     args.n = args.n or (10000 if cuda else 500)
     unknown = {*args.attacks} - {*ATTACKS}
     if unknown:
@@ -694,38 +691,67 @@ def parse_flags(argv):
         parser.error(f"--figures: {args.figures} is a file, expected a folder")
     if args.json and args.json.suffix != ".json":
         parser.error(f"--json: {args.json}, expected a name that ends in .json")
-    args.checkpoints = [path for pattern in args.checkpoints for path in expand(pattern)]
+    files = []
+    for path in args.checkpoints:  # or a pattern such as runs/*.pt, where the shell has not put the files in its place
+        matches = [] if path.exists() else sorted(glob.glob(str(path)))
+        files += [Path(name) for name in matches] or [path]
+    args.checkpoints = files
     return args
-
-
-def expand(pattern):
-    """The files that a pattern such as runs/*.pt stands for, where the shell has not put them in already."""
-    found = [] if pattern.exists() else sorted(glob.glob(str(pattern)))
-    return [Path(name) for name in found] or [pattern]
 
 
 def load_all(args):
     """The networks and settings of all checkpoints, the data's name and its four tensors. OSError, ValueError."""
     loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
-    for path, (_, settings) in zip(args.checkpoints, loaded):
-        if [settings == other for _, other in loaded].count(True) > 1:
+    all_settings = [settings for _, settings in loaded]
+    names = [path.stem for path in args.checkpoints]
+    for path, settings in zip(args.checkpoints, all_settings):
+        if all_settings.count(settings) > 1:
             raise ValueError(f"{path} is given twice, or another checkpoint has the same settings and seed")
-        if args.figures and [path.stem == other.stem for other in args.checkpoints].count(True) > 1:
+        if args.figures and names.count(path.stem) > 1:
             raise ValueError(f"{path}: the pictures of two checkpoints of this name would overwrite each other")
-    trained_on = {settings["data"] for _, settings in loaded}
+    trained_on = {settings["data"] for settings in all_settings}
     if not args.data and len(trained_on) > 1:
         raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
     source = args.data or trained_on.pop()
-    if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
-    if args.json:  # whether it can be written is known now, not after the last attack
-        new = not args.json.exists()
-        args.json.open("a").close()
-        if new:
-            args.json.unlink()
     if source == "mnist":
-        return loaded, source, data.load_mnist(args.data_dir)
-    return loaded, source, (*data.stroke_digits(20000, seed=0), *data.stroke_digits(10000, seed=1))
+        sets = data.load_mnist(args.data_dir)
+    else:
+        sets = (*data.stroke_digits(20000, seed=0), *data.stroke_digits(10000, seed=1))
+    if args.figures:  # whether both can be written is known now, not after the last attack
+        args.figures.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        args.json.open("a").close()
+    return loaded, source, sets
+
+
+def evaluate_all(args):
+    """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
+    loaded, source, sets = load_all(args)
+    x_train, y_train, x, y = (part.to(args.device) for part in (sets[0][10000:], sets[1][10000:], *sets[2:]))
+    order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
+    some, caption = order[:args.n], f"{args.n} {source} test images"
+    protocol = {"images": f"first {args.n} of torch.randperm(10000), seed 0, of the test set of {source}",
+                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks},
+                "device": args.device, "torch": torch.__version__}
+    groups, networks = {}, {}
+    for i, (path, (f, settings)) in enumerate(zip(args.checkpoints, loaded), 1):
+        row = {"name": f"{path.stem.removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs",
+               "checkpoint": str(path), "settings": settings, "published": {},
+               "test error %": 100 * error_rate(f, x, y)}
+        known = PUBLISHED.get(f"{settings['arch']} {settings['defense']}")
+        if known and source == "mnist":
+            row["published"] = dict(zip(PUBLISHED_COLUMNS, known))
+        row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
+        all_but_the_seed = frozenset({**settings, "seed": None}.items())
+        groups.setdefault(all_but_the_seed, []).append(row)
+        networks[path.stem] = f
+        if args.json:  # after each network, so that no interruption loses more than one
+            save_json(args.json, [row for group in groups.values() for row in group], protocol)
+    groups = list(groups.values())
+    print("\n".join(report(groups, args.attacks, caption)), flush=True)
+    if args.figures:
+        pages = draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
+        print("\n".join(pages))
 
 
 def main(argv=None):
@@ -733,61 +759,17 @@ def main(argv=None):
     args = parse_flags(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
     try:
-        loaded, source, sets = load_all(args)
+        evaluate_all(args)
     except (OSError, ValueError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
-    x_train, y_train, x, y = (part.to(args.device) for part in (sets[0][10000:], sets[1][10000:], *sets[2:]))
-    order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
-    some, caption = order[:args.n], f"{args.n} {source} test images"
-    groups, measured, status = {}, {}, 0
-    protocol = {"images": f"first {args.n} of torch.randperm(10000), seed 0, of the test set of {source}",
-                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks},
-                "device": args.device, "torch": torch.__version__}
-    try:
-        for i, (path, (f, settings)) in enumerate(zip(args.checkpoints, loaded), 1):
-            row = {"name": f"{path.stem.removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs",
-                   "checkpoint": str(path), "settings": settings, "published": {},
-                   "test error %": 100 * error_rate(f, x, y)}
-            known = PUBLISHED.get(f"{settings['arch']} {settings['defense']}")
-            if known and source == "mnist":
-                row["published"] = dict(zip(PUBLISHED_COLUMNS, known))
-            row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
-            groups.setdefault(str(sorted({**settings, "seed": 0}.items())), []).append(row)  # the same but for the seed
-            measured[path.stem] = f
-            if args.json:  # what is known is kept before anything is printed
-                save_json(args.json, [row for group in groups.values() for row in group], protocol)
     except KeyboardInterrupt:
-        print(f"\nInterrupted in {path}, {i} of {len(loaded)}.", file=sys.stderr)
-        status = 130
-        if not groups:
-            return status
-    except OSError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        status = 2
-    groups = list(groups.values())
-    lines = report(groups, args.attacks, caption)
-    try:
-        if args.figures:
-            lines += draw(args.figures, groups, measured, x[order[:500]], y[order[:500]], x_train, y_train, caption)
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:  # the tables are printed all the same
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        status = 2
-    print("\n".join(lines))
-    return status
+        print("\nInterrupted. --json keeps the networks that were finished.", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
-    try:
-        status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # into head, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    sys.exit(main())

@@ -1051,17 +1051,18 @@ def test_scripts_end_to_end(tmp_path):
     assert "(0.131)" not in done.stdout and "10 strokes test images" in done.stdout
 
 
-def test_results_and_pictures_are_saved_before_anything_is_printed(scripts, monkeypatch):
+def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, capsys):
     torch.save({**GOOD, "f": lenet().state_dict()}, "a&b-0.pt")
+    flags = ["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--figures", "pictures", "--device", "cpu", "--json"]
 
-    def closed(*words, **options):
+    def closed(*arguments):
         raise BrokenPipeError
-    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
-        patch.setattr("builtins.print", closed)
-        evaluation.main(["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--json", "all.json", "--figures",
-                         "pictures", "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "report", closed)
+        assert evaluation.main([*flags, "all.json"]) == 2
     row, = json.loads(Path("all.json").read_text())["results"]
     assert row["worst"] == row["deepfool"] > 0 and "paper" not in row
+    assert evaluation.main([*flags, "again.json"]) == 0 and "figure2-a&b-0.png" in capsys.readouterr().out
     assert sorted(path.name for path in Path("pictures").iterdir()) == [
         "accuracy-lenet.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
     xml.etree.ElementTree.parse("pictures/accuracy-lenet.svg")
@@ -1130,7 +1131,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     monkeypatch.setitem(train.BASELINES, "reference", lambda f, x, y: next(losses) * real(f, x, y))
     assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
     error = capsys.readouterr().err
-    assert "step 1 of epoch 2" in error and "nan.pt keeps the last good epoch" in error
+    assert "step 1 of epoch 2" in error and "nan.pt keeps the last whole epoch" in error
     assert [row["epoch"] for row in log_of("nan.csv")] == ["1"] and evaluation.load_checkpoint("nan.pt")
 
 

@@ -13,9 +13,7 @@ import datetime
 import io
 import math
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -210,8 +208,10 @@ def restore(run, out):
     run or of weights alone, OSError where it is not there."""
     checkpoint = read_checkpoint(out)
     theirs, ours = checkpoint["settings"], run.settings
-    differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours}
-              if theirs.get(name) != ours.get(name)]
+    differ = []
+    for name in {**theirs, **ours}:
+        if theirs.get(name) != ours.get(name):
+            differ.append(f"{name} {theirs.get(name)} (now {ours.get(name)})")
     if differ:
         raise ValueError(f"{out} was trained with {', '.join(differ)}: give the same flags, or another --out")
     try:
@@ -230,47 +230,35 @@ def restore(run, out):
 
 # --- The loop -----------------------------------------------------------------------------------------------------
 
-COLUMNS = {"loss": "{:.3f}", "nll": "{:.3f}", "fool": "{:.3f}", "cycle": "{:.3f}", "critic": "{:.3f}",
-           "success": "{:.1%}", "val_error": "{:.2%}", "rho": "{:.4f}"}
+COLUMNS = {"loss": ".3f", "nll": ".3f", "fool": ".3f", "cycle": ".3f", "critic": ".3f", "success": ".1%",
+           "val_error": ".2%", "rho": ".4f"}  # of the log, and how the screen shows them
 
 
 def train_epoch(run, x, y, epoch, to_go=0):
     """One pass over x (bytes), y in whole batches of a random order; the means of what step returns, as floats. to_go:
     say how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
-    rows, times = [], {}
+    rows, times = [], []
     for i, batch in enumerate(order, 1):
         parts = step(run, epoch, x[batch] / 255, y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
         if to_go and i in (5, 20):
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            times[i] = time.perf_counter()
+            rows[-1].tolist()                           # waits until the device has done these steps
+            times.append(time.perf_counter())
         if to_go and i == 20:
-            clear_line()
-            print(estimate((times[20] - times[5]) / 15, len(order), to_go, x.is_cuda), flush=True)
-        if sys.stderr.isatty():
-            print(f"\repoch {epoch} step {i}/{len(order)}\033[K", end="", file=sys.stderr, flush=True)
+            seconds = (times[1] - times[0]) / 15
+            left = seconds * len(order) * to_go
+            hint = "; --quick takes minutes" if left > 3600 else ""
+            print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}",
+                  flush=True)
     rows = torch.stack(rows)                            # (steps, parts)
     bad = (~rows.isfinite()).any(1)
-    weights = [*run.f.parameters()] + ([] if run.D is None else [*run.D.parameters()])
-    if bad.any() or not all(weight.isfinite().all() for weight in weights):
+    networks = [run.f] if run.D is None else [run.f, run.D]
+    finite = all(weight.isfinite().all() for network in networks for weight in network.parameters())
+    if bad.any() or not finite:
         first = bad.int().argmax().item() + 1 if bad.any() else len(order)
         raise FloatingPointError(f"the loss or a weight is not finite since step {first} of epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
-
-
-def estimate(seconds, steps, epochs, cuda):
-    """In words, how long so many epochs of so many steps will take, seconds each."""
-    total = seconds * steps * epochs
-    line = f"      {1000 * seconds:.0f} ms a step, so about {clock(total)} to go (hours:minutes:seconds)"
-    return line + "; --quick takes minutes" if total > 3600 and not cuda else line
-
-
-def clear_line():
-    """Takes the step counter off the terminal."""
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds):
@@ -282,27 +270,29 @@ def train(run, out, x, y, x_val, y_val):
     """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
     epochs, is_critic = run.settings["epochs"], run.D is not None
     begin = len(run.log) if is_critic else len(run.log) + 1  # the critic's epoch 0 is that of pretraining
-    columns = {name: form for name, form in COLUMNS.items()
-               if name in ("val_error", "rho") or (name == "loss") != is_critic}
-    print(f"{'epoch':>5} {'time':>8} {'left':>8} " + " ".join(f"{name:>9}" for name in columns), flush=True)
+    columns = ["loss", "val_error", "rho"]
+    if is_critic:
+        columns = ["nll", "fool", "cycle", "critic", "success", "val_error", "rho"]
+    print(f"{'epoch':>5} {'time':>8} {'left':>8}", *(f"{name:>9}" for name in columns), flush=True)
     for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
         set_learning_rates(run, epoch)
         row = train_epoch(run, x, y, epoch, to_go=epochs - epoch + 1 if epoch == max(begin, 1) else 0)
         row["val_error"] = error_rate(run.f, x_val / 255, y_val)
-        robustness = measure(run.f, x_val[:100] / 255, y_val[:100], deepfool)
-        row["rho"] = robustness["rho"]
+        attacked = measure(run.f, x_val[:100] / 255, y_val[:100], deepfool)
+        row["rho"] = attacked["rho"]
         seconds = time.perf_counter() - began
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
         save(run, out)
-        cells = [clock(seconds), clock(seconds * (epochs - epoch)) if epoch else ""]
-        line = f"{epoch:>5} {cells[0]:>8} {cells[1]:>8} " + " ".join(
-            f"{form.format(row[name]) if name in row else '':>9}" for name, form in columns.items())
-        if robustness["failed"]:
-            line += f"  rho without {robustness['failed']} images that were not fooled"
+        left = clock(seconds * (epochs - epoch)) if epoch else ""
+        line = f"{epoch:>5} {clock(seconds):>8} {left:>8}"
+        for name in columns:
+            cell = format(row[name], COLUMNS[name]) if name in row else ""
+            line += f" {cell:>9}"
+        if attacked["failed"]:
+            line += f"  rho without {attacked['failed']} images that were not fooled"
         if row.get("success", 1) < 0.5 or row["val_error"] > 0.5:
             line += "  COLLAPSED, see success and val_error"
-        clear_line()
         print(line.rstrip(), flush=True)
 
 
@@ -405,33 +395,25 @@ def main(argv=None):
     """The command line; returns the exit status."""
     args, settings = parse_flags(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
+    run = None
     try:
         run, sets = prepare(args, settings)
-    except (OSError, ValueError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted before the first step.", file=sys.stderr)
-        return 130
-    if sets is None:
-        print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
+        if sets is None:
+            print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
+        else:
+            train(run, args.out, *sets)
+            print(f"Done. On the test set: python eval.py {args.out}")
         return 0
-    try:
-        train(run, args.out, *sets)
     except KeyboardInterrupt:
-        words = ["python", "train.py", *(sys.argv[1:] if argv is None else argv)]
-        quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-        again = quote(words if args.resume else [*words, "--resume"])
-        kept = (f"{args.out} keeps the last whole epoch; go on with: {again}" if args.out.exists() else
-                "No epoch was finished, so nothing was saved.")
-        print(f"\nInterrupted. {kept}", file=sys.stderr)
-        return 130
-    except (FloatingPointError, OSError) as error:
-        kept = f"{args.out} keeps the last good epoch" if args.out.exists() else "no epoch was finished before it"
-        print(f"\ntrain.py: error: {error}; {kept}", file=sys.stderr)
-        return 2
-    print(f"Done. On the test set: python eval.py {args.out}")
-    return 0
+        print(file=sys.stderr)  # the line after the terminal's ^C
+        problem, status = "interrupted", 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        problem, status = f"error: {error}", 2
+    print(f"train.py: {problem}", file=sys.stderr)
+    if run is not None and args.out.exists():
+        print(f"{args.out} keeps the last whole epoch: the same command with --resume goes on after it",
+              file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
