@@ -843,6 +843,14 @@ def test_a_table_of_two_seeds():
     assert [line for line in lines if "overstates" in line] == [line for line in lines if line.startswith("b.pt: 5.1%")]
 
 
+def test_json_has_null_for_what_is_no_finite_number(tmp_path):
+    rows = [{"length": torch.tensor([0.5, math.inf]), "rho": math.nan, "failed": [1]}, {"name": "b", "rho": 0.25}]
+    evaluation.save_json(tmp_path / "all.json", rows, {"device": "cpu"})
+    assert json.loads((tmp_path / "all.json").read_text(), parse_constant=pytest.fail) == {
+        "protocol": {"device": "cpu"},
+        "results": [{"length": [0.5, None], "rho": None, "failed": [1]}, {"name": "b", "rho": 0.25}]}
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_png(tmp_path, kind):
     page = torch.cat([torch.randint(256, (5, 7)) / 255, torch.tensor([[1, 1.01, -0.01, 0, 0, 0, 0.5]])])
