@@ -577,7 +577,7 @@ COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00",
 
 
 def save_svg(path, title, groups):
-    """Writes accuracy against the l2 length of the smallest perturbations, 0 to 2, as SVG: a curve for each group of
+    """Writes accuracy against the l2 length of the smallest perturbations, 0 to 2.5, as SVG: a curve for each group of
     rows, labelled at its end, the critic's the thickest."""
     def text(x, y, words, anchor="middle", colour="black"):
         return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{html.escape(words)}</text>'
@@ -588,7 +588,7 @@ def save_svg(path, title, groups):
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-family="sans-serif" font-size="20">',
              '<rect width="640" height="440" fill="white"/>', text(10, 26, title, "start"),
              text(270, 432, "l2 length of the perturbation")]
-    parts += [text(70 + 100 * i, 400, f"{i / 2}") for i in range(5)]
+    parts += [text(70 + 80 * i, 400, f"{i / 2}") for i in range(6)]
     for share in (0, 25, 50, 75, 100):
         parts += [line([(70, 375 - 3.2 * share), (470, 375 - 3.2 * share)], "#ddd", 1),
                   text(60, 382 - 3.2 * share, f"{share}%", "end")]
@@ -596,7 +596,7 @@ def save_svg(path, title, groups):
     defenses = [group[0]["settings"]["defense"] for group in groups]
     for group, defense in zip(groups, defenses):
         length = torch.cat([row["length"] for row in group])
-        points = [(70 + 10 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(41)]
+        points = [(70 + 8 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(51)]
         colour = COLOURS.get(defense, "grey")
         name = defense if defenses.count(defense) == 1 else group[0]["name"]
         parts.append(line(points, colour, 6 if defense == "critic" else 2.5))

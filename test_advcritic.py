@@ -871,7 +871,7 @@ def test_svg(tmp_path):
     svg = xml.etree.ElementTree.fromstring((tmp_path / "curve.svg").read_text(encoding="utf-8"))
     curves = [line for line in svg.findall(".//{*}polyline") if line.get("stroke") != "#ddd"]
     points = dict(point.split(",") for point in curves[0].get("points").split())
-    assert [points[x] for x in ("70", "160", "170", "470")] == ["135.0", "135.0", "215.0", "295.0"]  # 75, 75, 50, 25%
+    assert [points[x] for x in ("70", "142", "150", "470")] == ["135.0", "135.0", "215.0", "295.0"]  # 75, 75, 50, 25%
     assert [float(curve.get("stroke-width")) for curve in curves] == [6, 6, 2.5]
     words = [text.text for text in svg.findall(".//{*}text")]
     assert {"MLP ± <test>", "a&b<1>", "a&b<2>", "reference"} <= set(words)
