@@ -308,8 +308,8 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
     x (N,...) images in [0,1], y (N,) int64 labels; confidence a RunningConfidence, updated with x; adam_f, adam_D
     optimisers of f and of D, whose parameters stay as they are where they require no gradient; lam, lambda_rec,
     lambda_grad the weights in Eqs. 5, 6 and 4; steps of the attack; choose_target(f, x, label) picks its target. f must
-    treat each image by itself and give the same logits in each of its 15 calls: no batch norm or dropout in training
-    mode. D has as many classes as f, and is called in its present mode: train(), for its noise.
+    treat each image by itself and give the same logits in each of its 5 + 2 steps calls: no batch norm or dropout in
+    training mode. D has as many classes as f, and is called in its present mode: train(), for its noise.
 
     Returns a dict of detached scalars: nll, fool, cycle, success as classifier_loss has them, and critic, Eq. 4.
     Nothing is read back to the host. Errors as critic_loss, classifier_loss and attack have them.
@@ -357,9 +357,10 @@ def mlp():
 
 def lenet():
     """LeNet-5 of Table 1b: images (N,1,28,28) -> logits (N,10); two 5x5 convolutions with pooling, two dense."""
+    # Pooling before ReLU is the same function with the same gradients as ReLU before pooling, on a quarter of the values.
     return he_normal(nn.Sequential(
-        nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12); the function and the gradients are those of
-        nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)    ReLU before pooling, on a quarter of them
+        nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
+        nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)
         nn.Flatten(),
         nn.Linear(1024, 512), nn.ReLU(),
         nn.Linear(512, 10)))
