@@ -96,18 +96,23 @@ def download(data_dir, name, shape, sha256, mirrors):
             failures.append(f"  {mirror}: {error}")
             continue
         data_dir.mkdir(parents=True, exist_ok=True)
-        part = data_dir / f"{name}.gz.{secrets.token_hex(8)}.part"  # of this download alone
-        try:
-            part.write_bytes(archive)
-            part.replace(data_dir / f"{name}.gz")
-        finally:
-            part.unlink(missing_ok=True)
+        replace(data_dir / f"{name}.gz", archive)
         return content
     raise FileNotFoundError("\n".join([
         f"MNIST's {name} is not in {data_dir}, and no mirror gave it:", *failures,
         f"Put the four files into {data_dir}, gzipped or not, or name their folder with --data-dir or $MNIST_DIR:",
         f"  {', '.join(name for name, _, _ in FILES)}",
         "Or run without MNIST, on drawn digits: --data strokes"]))
+
+
+def replace(path, content):
+    """Writes a file so that a kill at any moment leaves the old content or the new, whoever else is writing it."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def fetch(url, limit):

@@ -521,7 +521,7 @@ def save_json(path, rows, protocol):
         finite = json.loads(text, parse_constant=lambda name: None)  # Infinity and NaN, which JSON does not have
         lines.append(json.dumps(finite))
     results = ",\n".join(lines)
-    path.write_text(f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n', encoding="utf-8")
+    data.replace(path, f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n'.encode())
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
@@ -764,7 +764,8 @@ def main(argv=None):
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. --json keeps the networks that were finished.", file=sys.stderr)
+        kept = f" {args.json} keeps the networks that were finished." if args.json else ""
+        print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import io
 import math
-import os
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
                        uniform_class)
+from data import replace
 from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, read_checkpoint,
                   unit, user_path)
 
@@ -193,16 +193,6 @@ def save_log(run, out):
         print(f"train.py: warning: the log could not be written, the next epoch tries again: {error}", file=sys.stderr)
 
 
-def replace(path, content):
-    """Writes a file so that a kill at any moment leaves the old content or the new."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def restore(run, out):
     """Puts run where a checkpoint left it and returns its last epoch. ValueError where the checkpoint is of another
     run or of weights alone, OSError where it is not there."""
@@ -238,19 +228,14 @@ def train_epoch(run, x, y, epoch, to_go=0):
     """One pass over x (bytes), y in whole batches of a random order; the means of what step returns, as floats. to_go:
     say how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
-    rows, times = [], []
+    rows = []
     for i, batch in enumerate(order, 1):
         parts = step(run, epoch, x[batch] / 255, y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
-        if to_go and i in (5, 20):
-            rows[-1].tolist()                           # waits until the device has done these steps
-            times.append(time.perf_counter())
+        if to_go and i == 5:
+            fifth = time_of(rows[-1])
         if to_go and i == 20:
-            seconds = (times[1] - times[0]) / 15
-            left = seconds * len(order) * to_go
-            hint = "; --quick takes minutes" if left > 3600 else ""
-            print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}",
-                  flush=True)
+            announce((time_of(rows[-1]) - fifth) / 15, len(order) * to_go)
     rows = torch.stack(rows)                            # (steps, parts)
     bad = (~rows.isfinite()).any(1)
     networks = [run.f] if run.D is None else [run.f, run.D]
@@ -259,6 +244,19 @@ def train_epoch(run, x, y, epoch, to_go=0):
         first = bad.int().argmax().item() + 1 if bad.any() else len(order)
         raise FloatingPointError(f"the loss or a weight is not finite since step {first} of epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
+
+
+def time_of(row):
+    """The time, in seconds, at which the device has computed row."""
+    row.tolist()
+    return time.perf_counter()
+
+
+def announce(seconds, steps):
+    """Says how long so many steps, of so many seconds each, will take."""
+    left = seconds * steps
+    hint = "; --quick takes minutes" if left > 3600 else ""
+    print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}", flush=True)
 
 
 def clock(seconds):
