@@ -110,11 +110,17 @@ def assert_same_gradients(weights, *values):
 # --- Figure 3 and Eq. 4: the critic -------------------------------------------------------------------------------
 
 def test_critic_is_that_of_figure_3():
+    """Noise on the input of each layer, leaky ReLU after the hidden ones. The noise is on in training, and only there."""
     D, x = critic(), torch.rand(3, 1, 28, 28)
-    assert [layer.std for layer in D if isinstance(layer, GaussianNoise)] == [0.1, 0.5, 0.5]
-    assert [layer.negative_slope for layer in D if isinstance(layer, nn.LeakyReLU)] == [0.2, 0.2]
-    assert not torch.equal(D(x), D(x)) and torch.equal(D.eval()(x), D(x))  # the noise is on in training, and only there
-    assert GaussianNoise(0.5)(torch.zeros(200_000)).std().item() == pytest.approx(0.5, rel=0.02)
+    state, h, no_noise = torch.get_rng_state(), x.flatten(1), x.flatten(1)
+    found = D(x)
+    torch.set_rng_state(state)
+    for layer, std in zip((layer for layer in D if isinstance(layer, nn.Linear)), (0.1, 0.5, 0.5), strict=True):
+        h, no_noise = layer(h + std * torch.randn_like(h)), layer(no_noise)
+        if layer.out_features > 10:
+            h, no_noise = F.leaky_relu(h, 0.2), F.leaky_relu(no_noise, 0.2)
+    torch.testing.assert_close(found, h)
+    torch.testing.assert_close(D.eval()(x), no_noise)
 
 
 def test_gradient_penalty():
@@ -136,6 +142,8 @@ def test_critic_loss_by_hand():
     penalty = ((3 - 1) ** 2 + 0) / 2 + ((0.5 - 1) ** 2 + (3 - 1) ** 2) / 2
     assert critic_loss(D, x, y, x, y_adv, lambda_grad=0).item() == pytest.approx(real + fake)
     assert critic_loss(D, x, y, x, y_adv).item() == pytest.approx(real + fake + 10 * penalty)
+    x.requires_grad_()
+    assert torch.autograd.grad(critic_loss(D, x, y, 1 * x, y_adv), x, allow_unused=True) == (None,)  # both detached
 
 
 def test_penalty_is_taken_at_the_images_and_on_the_logits_of_the_loss():
@@ -343,6 +351,16 @@ def test_networks():
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.weight[0].numel()), rel=0.1)
             assert layer.bias.abs().max() == 0
 
+    x, (f, net) = torch.rand(3, 1, 28, 28), (mlp(), lenet())
+    *hidden, last = (layer for layer in f if isinstance(layer, nn.Linear))
+    h = x.flatten(1)
+    for layer in hidden:
+        h = F.relu(layer(h))
+    torch.testing.assert_close(f(x), last(h))
+    conv1, conv2, dense, last = (layer for layer in net if hasattr(layer, "weight"))
+    h = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
+    torch.testing.assert_close(net(x), last(F.relu(dense(h.flatten(1)))))
+
 
 def test_conv_pool_is_convolution_and_pooling_with_their_derivatives():
     conv, row = nn.Conv2d(1, 32, 5).double(), torch.arange(28)
@@ -429,14 +447,50 @@ def test_adam_and_learning_rates():
         assert one.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** power)
 
 
-def test_an_epoch_hands_on_images_in_0_to_1(monkeypatch):
-    seen = []
-    monkeypatch.setitem(train.BASELINES, "reference", lambda f, x, y: (seen.append(x), f(x).mean())[1])
-    run = train.start(train.parse_flags(["--arch", "mlp", "--defense", "reference"])[1], "cpu")
-    x = torch.randint(256, (300, 1, 28, 28)).byte()
-    train.train_epoch(run, x, torch.zeros(300).long(), epoch=1)
-    seen = torch.cat(seen)
-    assert seen.shape == x.shape and torch.equal(seen.sort(0).values, (x / 255).sort(0).values)  # each image once
+def test_a_step_gets_the_settings_of_its_run(monkeypatch):
+    seen, flags = {}, "--lam 1 --lambda-rec 2 --lambda-grad 3 --attack-steps 4 --target uniform"
+    monkeypatch.setattr(train, "train_step", lambda *networks, **options: seen.update(options))
+    train.step(train.start(train.parse_flags(flags.split())[1], "cpu"), 1, None, None)
+    assert seen == dict(lam=1, lambda_rec=2, lambda_grad=3, steps=4, choose_target=uniform_class)
+
+
+def test_pretraining_is_plain_nll_and_fills_the_confidence():
+    run, x, y = train.start(train.parse_flags([])[1], "cpu"), torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    logits, D, confidence = run.f(x).detach(), copy.deepcopy(run.D.state_dict()), RunningConfidence(10)
+    confidence.update(logits)
+    parts = train.step(run, 0, x, y)
+    assert list(parts) == ["nll"] and parts["nll"].item() == pytest.approx(F.cross_entropy(logits, y).item())
+    assert F.cross_entropy(run.f(x), y) < parts["nll"]  # f moved, downhill
+    assert torch.allclose(run.confidence.mean, confidence.mean) and confidence.mean.min() < 1
+    assert all(torch.equal(weight, D[name]) for name, weight in run.D.state_dict().items())
+
+
+def test_the_first_10000_images_are_held_out(monkeypatch):
+    y = torch.arange(10400)
+    monkeypatch.setattr(data, "load_mnist", lambda folder: ((y % 256 / 255).view(-1, 1, 1, 1), y, None, None))
+    x_train, y_train, x_val, y_val = train.load("mnist", None, 300, "cpu")
+    assert torch.equal(y_train, y[10000:10300]) and torch.equal(y_val, y[:10000])
+    assert torch.equal(x_train.flatten(), y_train % 256) and torch.equal(x_val.flatten(), y_val % 256)
+
+
+def test_a_run_of_two_epochs(monkeypatch, tmp_path):
+    """Each image once an epoch, in [0,1] and with its label; the learning rate of the epoch; the error on x_val."""
+    rates, seen, y = [], [], torch.arange(200)
+    x = y.byte().view(-1, 1, 1, 1).repeat(1, 1, 28, 28)
+
+    def step(run, epoch, x, y):
+        assert torch.equal(x[:, 0, 0, 0], y / 255)
+        seen.extend(y.tolist())
+        rates.append(run.adam_f.param_groups[0]["lr"])
+        return {"loss": torch.zeros(())}
+    monkeypatch.setattr(train, "step", step)
+    run = train.start(train.parse_flags("--arch mlp --defense reference --epochs 2".split())[1], "cpu")
+    run.f = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))  # class 1: brighter than 0.4
+    run.f[1].weight.data[:], run.f[1].bias.data[:] = torch.tensor([[0], [1 / 784]]), torch.tensor([0.401, 0])
+    train.train(run, tmp_path / "run.pt", x, y, x, (y > 120).long())
+    assert sorted(seen[:200]) == sorted(seen[200:]) == y.tolist() and seen[:200] != seen[200:]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3 * 0.95 ** 50, 1e-3 * 0.95 ** 50])
+    assert run.log[1]["val_error"] == pytest.approx(18 / 200)  # 103 to 120
 
 
 # --- Section 5: the attacks of the evaluation ---------------------------------------------------------------------
@@ -851,6 +905,19 @@ def test_json_has_null_for_what_is_no_finite_number(tmp_path):
         "results": [{"length": [0.5, None], "rho": None, "failed": [1]}, {"name": "b", "rho": 0.25}]}
 
 
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    evaluation.save_json(tmp_path / "all.json", [{"rho": 0.25}], {})
+    before, real = (tmp_path / "all.json").read_bytes(), Path.write_bytes
+
+    def full(path, content):
+        real(path, content[:5])
+        raise OSError("no space left")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_png(tmp_path, kind):
     page = torch.cat([torch.randint(256, (5, 7)) / 255, torch.tensor([[1, 1.01, -0.01, 0, 0, 0, 0.5]])])
@@ -1059,6 +1126,28 @@ def test_scripts_end_to_end(tmp_path):
     assert "(0.131)" not in done.stdout and "10 strokes test images" in done.stdout
 
 
+def test_what_is_evaluated(scripts, monkeypatch):
+    """The error over the whole test set, attacks on the first n of one permutation, the vote by what is trained on."""
+    torch.save({**GOOD, "f": lenet().state_dict()}, "net.pt")
+    seen, y_train, y = [], torch.arange(20000, 30300), torch.arange(10000)
+    monkeypatch.setattr(data, "load_mnist", lambda folder: (y_train / 30300, y_train, y / 10000, y))
+
+    def error_rate(f, x, y):
+        seen.append(y)
+        return 0
+
+    def evaluate(f, x, y, attacks, x_train, y_train, title):
+        seen.extend([y, y_train])
+        assert torch.equal(x, y / 10000) and torch.equal(x_train, y_train / 30300)
+        return {}
+    monkeypatch.setattr(evaluation, "error_rate", error_rate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "report", lambda *arguments: [])
+    assert evaluation.main(["net.pt", "--n", "5", "--data", "mnist", "--device", "cpu"]) == 0
+    assert torch.equal(seen[0], y) and seen[1].tolist() == [6044, 2890, 9399, 1917, 4919]
+    assert torch.equal(seen[2], y_train[10000:])
+
+
 def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, capsys):
     torch.save({**GOOD, "f": lenet().state_dict()}, "a&b-0.pt")
     flags = ["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--figures", "pictures", "--device", "cpu", "--json"]
@@ -1155,7 +1244,8 @@ def test_wrong_flags(scripts, capsys, command):
     with pytest.raises(SystemExit) as error:
         {"train": train.main, "eval": evaluation.main}[script](flags)
     named = ["CHECKPOINT", *(flag for flag in flags if flag.startswith("--"))][-1]
-    assert error.value.code == 2 and named in capsys.readouterr().err and list(scripts.iterdir()) == []
+    assert error.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]  # above it stands the usage
+    assert list(scripts.iterdir()) == []
 
 
 def test_settings_and_paths(monkeypatch):
