@@ -357,7 +357,7 @@ def mlp():
 
 def lenet():
     """LeNet-5 of Table 1b: images (N,1,28,28) -> logits (N,10); two 5x5 convolutions with pooling, two dense."""
-    # Pooling before ReLU is the same function with the same gradients as ReLU before pooling, on a quarter of the values.
+    # Pooling before ReLU: the same function and gradients as ReLU before pooling, on a quarter of the values.
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
         nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)

@@ -110,7 +110,7 @@ def assert_same_gradients(weights, *values):
 # --- Figure 3 and Eq. 4: the critic -------------------------------------------------------------------------------
 
 def test_critic_is_that_of_figure_3():
-    """Noise on the input of each layer, leaky ReLU after the hidden ones. The noise is on in training, and only there."""
+    """Noise on the input of each layer, in training alone, and leaky ReLU after the hidden ones."""
     D, x = critic(), torch.rand(3, 1, 28, 28)
     state, h, no_noise = torch.get_rng_state(), x.flatten(1), x.flatten(1)
     found = D(x)

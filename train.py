@@ -256,7 +256,8 @@ def announce(seconds, steps):
     """Says how long so many steps, of so many seconds each, will take."""
     left = seconds * steps
     hint = "; --quick takes minutes" if left > 3600 else ""
-    print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}", flush=True)
+    print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}",
+          flush=True)
 
 
 def clock(seconds):
