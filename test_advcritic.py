@@ -1211,13 +1211,13 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
 
 
 def test_a_log_that_cannot_be_written_does_not_end_a_run(scripts, monkeypatch, capsys):
-    real = train.replace
+    real = data.replace
 
     def locked(path, content):
         if path.suffix == ".csv":
             raise PermissionError(f"{path} is open in a spreadsheet")
         real(path, content)
-    monkeypatch.setattr(train, "replace", locked)
+    monkeypatch.setattr(data, "replace", locked)
     assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "a.pt", *TINY]) == 0
     assert capsys.readouterr().err.count("open in a spreadsheet") == 2
     assert evaluation.load_checkpoint("a.pt")[1]["epochs"] == 2

@@ -27,7 +27,6 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
                        uniform_class)
-from data import replace
 from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, read_checkpoint,
                   unit, user_path)
 
@@ -176,7 +175,7 @@ def save(run, out):
         checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    replace(out, content.getbuffer())
+    data.replace(out, content.getbuffer())
     save_log(run, out)
 
 
@@ -188,7 +187,7 @@ def save_log(run, out):
     table.writeheader()
     table.writerows(run.log)
     try:
-        replace(out.with_suffix(".csv"), text.getvalue().encode())
+        data.replace(out.with_suffix(".csv"), text.getvalue().encode())
     except OSError as error:
         print(f"train.py: warning: the log could not be written, the next epoch tries again: {error}", file=sys.stderr)
 
@@ -380,7 +379,7 @@ def prepare(args, settings):
                 raise ValueError(f"{file} is there already and would be overwritten: --resume continues a checkpoint, "
                                  "--out names another")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        replace(args.out, b"")  # whether it can be written is known now, not after the first epoch
+        data.replace(args.out, b"")  # whether it can be written is known now, not after the first epoch
         args.out.unlink()
     sets = load(args.data, args.data_dir, settings["train_images"], args.device)
     machine = torch.cuda.get_device_name(args.device) if sets[0].is_cuda else f"{torch.get_num_threads()} threads"
