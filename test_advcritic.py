@@ -13,11 +13,9 @@ import json
 import math
 import os
 import re
-import shlex
 import struct
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 import xml.etree.ElementTree
@@ -82,7 +80,7 @@ def distances(f, x, y):
         z, W = jacobian(f, image)
         rows.append([math.inf if k == label else ((z[k] - z[label]).abs() / (W[k] - W[label]).norm()).item()
                      for k in range(len(z))])
-    return torch.tensor(rows).double()
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def pick(logits, k):
@@ -101,10 +99,10 @@ def check_gradient(function, surrogate, weights):
     assert by_backward == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5) != 0
 
 
-def assert_same_gradients(weights, *values):
+def assert_same_gradients(weights, *values, **tolerance):
     """Two scalars have the same gradient with respect to weights."""
     for g, h in zip(*(torch.autograd.grad(value, weights, retain_graph=True) for value in values)):
-        torch.testing.assert_close(g, h)
+        torch.testing.assert_close(g, h, **tolerance)
 
 
 # --- Figure 3 and Eq. 4: the critic -------------------------------------------------------------------------------
@@ -124,12 +122,10 @@ def test_critic_is_that_of_figure_3():
 
 
 def test_gradient_penalty():
-    x, w = images(5).requires_grad_(), torch.zeros(64).double()
-    w[:2] = torch.tensor([3.0, 4.0])  # |w| = 5 at every x
-    assert gradient_penalty(x.flatten(1) @ w, x).item() == pytest.approx((5 - 1) ** 2)
-    assert gradient_penalty((x * 0).sum((1, 2, 3)), x).item() == pytest.approx(1, rel=1e-5)  # no NaN at a zero gradient
-    D, y = smooth(), torch.tensor([0, 1, 2, 3, 0])
+    D, x, y = smooth(), images(5).requires_grad_(), torch.tensor([0, 1, 2, 3, 0])
     check_gradient(*[lambda: gradient_penalty(pick(D(x), y), x)] * 2, list(D.parameters()))
+    flat = gradient_penalty(0 * pick(D(x), y), x)  # its gradient is 0, where the root has no derivative
+    assert flat.item() == pytest.approx(1, rel=1e-5) and torch.autograd.grad(flat, D[1].weight)[0].isfinite().all()
 
 
 def test_critic_loss_by_hand():
@@ -205,7 +201,6 @@ def test_one_step_of_equation_7_by_hand():
     r_i, p_i, logits = attack_step(f, x, target, 0.9)
     assert r_i.flatten().tolist() == pytest.approx([length * w[0] / n, length * w[1] / n])
     assert p_i.item() == pytest.approx(p) and logits.flatten().tolist() == pytest.approx([z0, z1])
-    assert torch.allclose(attack(f, x, target, 0.9, steps=1), x + 1.05 * r_i)
 
 
 def test_attack_on_two_linear_classes_ends_at_the_confidence():
@@ -288,54 +283,44 @@ def test_running_confidence_by_hand():
 
 
 def test_train_step_by_hand():
-    """Both players move by SGD on their losses, the critic first, and the attack aims at the running confidence of its
-    target after this batch's update."""
+    """Both players move by SGD on their losses, the critic first, but not what requires no gradient; and the attack
+    aims at the running confidence of its target after this batch's update."""
+    def moved(net, loss, lr):  # the state of net after one step of SGD
+        trained = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+        state = copy.deepcopy(net.state_dict())
+        for name, grad in zip(trained, torch.autograd.grad(loss, trained.values(), retain_graph=True)):
+            state[name] -= lr * grad
+        return state
     f, D, x, y = smooth(), smooth(), images(12), torch.arange(12) % 5
-    confidence, mean = RunningConfidence(5), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
+    f[1].bias.requires_grad_(False)
+    D[3].requires_grad_(False)
+    confidence, mean = RunningConfidence(5), torch.tensor([0.01, 0.01, 0.7, 0.8, 0.9])
     confidence.mean.copy_(mean)
     probability, label = f(x).detach().softmax(1).max(1)
     for k in label.unique():
         mean[k] = 0.5 * mean[k] + 0.5 * probability[label == k].mean()
     target = closest_class(f, x, label)
     x_adv = attack(f, x, target, mean[target], steps=3, create_graph=True)
-    y_adv, f_new, D_new = f(x_adv).argmax(1), copy.deepcopy(f), copy.deepcopy(D)
 
-    loss_D = critic_loss(D, x, y, x_adv, y_adv, lambda_grad=2)
-    grads = torch.autograd.grad(loss_D, list(D.parameters()))
-    for weight, grad in zip(D_new.parameters(), grads, strict=True):
-        weight.data -= 0.3 * grad
+    loss_D, D_new = critic_loss(D, x, y, x_adv, f(x_adv).argmax(1), lambda_grad=2), copy.deepcopy(D)
+    D_new.load_state_dict(moved(D, loss_D, 0.3))
     loss_f, parts = classifier_loss(f, D_new, x, y, x_adv, lam=0.7, lambda_rec=0.2, steps=3)
-    grads = torch.autograd.grad(loss_f, list(f.parameters()))
-    for weight, grad in zip(f_new.parameters(), grads, strict=True):
-        weight.data -= 0.2 * grad
+    f_new = moved(f, loss_f, 0.2)
 
     found = train_step(f, D, confidence, torch.optim.SGD(f.parameters(), lr=0.2),
                        torch.optim.SGD(D.parameters(), lr=0.3), x, y, lam=0.7, lambda_rec=0.2, lambda_grad=2, steps=3)
-    for net, expected in ((f, f_new), (D, D_new)):
-        for weight, other in zip(net.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(weight, other)
-    assert parts["success"] > 0 and torch.allclose(confidence.mean, mean)
+    torch.testing.assert_close(dict(f.state_dict()), dict(f_new))
+    torch.testing.assert_close(dict(D.state_dict()), dict(D_new.state_dict()))
+    assert 0 < parts["success"] < 1 and torch.allclose(confidence.mean, mean)
     assert {name: part.item() for name, part in found.items()} == pytest.approx(
         {name: part.item() for name, part in {**parts, "critic": loss_D}.items()})
     assert not any(part.requires_grad for part in found.values())
 
 
-def test_train_step_trains_what_requires_a_gradient():
-    f, D, x, y = smooth(), smooth(), images(6), torch.arange(6) % 5
-    f[1].requires_grad_(False), D[3].requires_grad_(False)
-    before = copy.deepcopy([f.state_dict(), D.state_dict()])
-    train_step(f, D, RunningConfidence(5), torch.optim.SGD(f.parameters(), lr=0.1),
-               torch.optim.SGD(D.parameters(), lr=0.1), x, y, lam=0.5)
-    for net, old, moved in ((f, before[0], "3"), (D, before[1], "1")):
-        assert {name for name, weight in net.state_dict().items() if not torch.equal(weight, old[name])} == {
-            f"{moved}.weight", f"{moved}.bias"}
-
-
-@pytest.mark.parametrize("arch", evaluation.NETWORKS)
 @pytest.mark.parametrize("defense", ["critic", *train.BASELINES])
-def test_a_step_reads_nothing_back_and_mixes_no_devices(arch, defense):
+def test_a_step_reads_nothing_back_and_mixes_no_devices(defense):
     """On the meta device there are no values to read; a tensor of another device would be refused."""
-    run = train.start(train.parse_flags(["--arch", arch, "--defense", defense])[1], "meta")
+    run = train.start(train.parse_flags(["--defense", defense])[1], "meta")
     x, y = torch.rand(10, 1, 28, 28, device="meta"), torch.zeros(10, dtype=torch.int64, device="meta")
     for epoch in ((0, 1) if defense == "critic" else (1,)):
         parts = train.step(run, epoch, x, y)
@@ -411,8 +396,7 @@ def test_vat_is_one_power_iteration():
     r = 2 * train.unit((z * p - p * (z * p).sum(1, keepdim=True)) @ W).view_as(x)
     expected = F.cross_entropy(f(x), y) + (p * (p.log() - f(x + r).log_softmax(1))).sum(1).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    for g, h in zip(*(torch.autograd.grad(value, list(f.parameters())) for value in (loss, expected))):
-        assert torch.allclose(g, h, rtol=1e-3, atol=1e-4)  # p(x) and r are constants
+    assert_same_gradients(list(f.parameters()), loss, expected, rtol=1e-3, atol=1e-4)  # p(x) and r are constants
 
 
 def test_pgd_image_by_image():
@@ -431,7 +415,6 @@ def test_pgd_image_by_image():
         found.append((x[i] + r).clamp(0, 1))
     assert loss.item() == pytest.approx(F.cross_entropy(f(torch.stack(found)), y).item())
     assert_same_gradients(list(f.parameters()), loss, F.cross_entropy(f(torch.stack(found)), y))
-    assert train.pgd(nn.Linear(2, 2), torch.rand(4, 2), torch.zeros(4).long()).isfinite()  # vectors will do
 
 
 def test_adam_and_learning_rates():
@@ -500,13 +483,11 @@ def test_defaults_are_those_of_the_paper():
         parameters = inspect.signature(function).parameters.items()
         return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
     assert defaults(attack) == dict(steps=5, overshoot=0.05, create_graph=False)
-    assert defaults(critic_loss) == dict(lambda_grad=10.0)
     assert defaults(classifier_loss) == dict(lambda_rec=0.01, steps=5)
     assert defaults(train_step) == dict(lambda_rec=0.01, lambda_grad=10.0, steps=5, choose_target=closest_class)
     assert defaults(deepfool) == defaults(high_confidence_attack) == dict(steps=500, max_step=0.1, overshoot=0.02)
     assert defaults(carlini_wagner) == dict(steps=1000, search_steps=9, lr=0.01) and defaults(ddn) == dict(steps=1000)
-    assert (defaults(train.at), defaults(train.margin)) == (dict(eps=0.1), dict(lam=0.1))
-    assert defaults(train.vat) == dict(eps=2.0, xi=1e-2) and defaults(train.pgd) == dict(eps=2.0, steps=10, step=0.5)
+    assert defaults(train.vat) == dict(eps=2.0, xi=1e-2)
 
 
 some_cw, some_ddn = functools.partial(carlini_wagner, steps=400, lr=0.003), functools.partial(ddn, steps=200)
@@ -538,14 +519,12 @@ def test_deepfool_image_by_image(max_step):
     for image, label in zip(x, y):
         r, classes = torch.zeros_like(image), []
         while f((image + 1.02 * r).clamp(0, 1)[None]).argmax() == label:
-            z, W = jacobian(f, image + r)
-            ratio = [math.inf if k == label else ((z[k] - z[label]).abs() / (W[k] - W[label]).norm()).item()
-                     for k in range(10)]
-            k = ratio.index(min(ratio))
-            length, w = (z[k] - z[label]).abs() / (W[k] - W[label]).norm(), W[k] - W[label]
+            length, k = distances(f, (image + r)[None], [label])[0].min(0)
+            _, W = jacobian(f, image + r)
+            w = W[k] - W[label]
             r = r + (min(length, max_step or math.inf) + 1e-4) * (w / w.norm()).view_as(r)
             r = ((image + 1.02 * r).clamp(0, 1) - image) / 1.02
-            classes.append(k)
+            classes.append(k.item())
         changes += len(set(classes)) > 1
         expected.append((image + 1.02 * r).clamp(0, 1))
     assert changes > 0 or max_step is None  # with full steps two or three are enough
@@ -626,14 +605,6 @@ def test_paper_attack_goes_to_the_closest_class_and_the_clean_confidence(monkeyp
     assert torch.equal(paper_attack(f, x[:1], y[:1]), x[:1])
 
 
-def test_attacks_that_fail_return_x():
-    f, x, y = classifier(nn.Flatten(), nn.Linear(64, 5)), images(3), torch.tensor([2, 2, 0])
-    f[1].weight.data *= 0
-    f[1].bias.data = torch.tensor([0.0, 0, 9, 0, 0]).double()  # always 2
-    for method in (deepfool, some_cw, paper_attack, some_ddn):
-        assert torch.equal(method(f, x, y), x)
-
-
 def test_attacks_on_black_and_white_pixels_and_on_a_classifier_that_is_sure():
     f, x = linear().float(), images(20).float().round()
     f[1].weight.data *= 1000  # p_y is 1 in float32, and the gradient of log p_y is 0
@@ -705,7 +676,6 @@ SMALLEST = [deepfool, carlini_wagner, ddn, paper_attack]
 @pytest.mark.parametrize("method", [deepfool, carlini_wagner, ddn, paper_attack])
 @pytest.mark.parametrize("x, y, says", [
     (pixels(1.000001, 0.5), Y, r"x: values from 0\.5 to 1\.000001, expected .* \[0,1\]"),
-    (pixels(2.8, 2.5), Y, r"x: values from 2\.5 to 2\.8"),
     (pixels(0.5, -0.42), Y, r"x: values from -0\.42"),
     (pixels(math.nan, 0.5), Y, "x: values from nan"),
     (pixels(200, 3, dtype=torch.uint8), Y, r"x: torch\.uint8"),
@@ -752,7 +722,6 @@ def test_wrong_networks_are_refused(net, says):
     (lambda f, x: closest_class(f, x, Y.float()), r"label: torch\.float32"),
     (lambda f, x: classifier_loss(f, f, x, Y[:, None], x, lam=1), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: critic_loss(f, x, Y, x, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: attack(lambda x: f(x / 255), (255 * x).byte(), Y, 0.9), r"x: torch\.uint8, expected .* float32"),
     (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16, expected .* float32"),
     (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv of shape \(1, 1, 2\)"),
     (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x: shape \(1, 1, 1, 2\), x_adv: \(1, 1, 2\)"),
@@ -761,7 +730,6 @@ def test_wrong_networks_are_refused(net, says):
     (lambda f, x: evaluation.measure(f, x, Y + 7, lambda f, x, y: x), "y: values from 7"),
     (lambda f, x: evaluation.save_png("page.png", x), r"page: torch\.float32 of shape"),
     (lambda f, x: evaluation.error_rate(f, x, Y[:, None]), r"y: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: evaluation.measure(f, x, Y[:, None], deepfool), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: RunningConfidence(3).update(f(x)), r"logits of shape \(1, 2\), expected \(N, 3\)"),
 ])
 def test_what_else_is_refused(call, says):
@@ -787,8 +755,6 @@ def test_an_f_that_works_in_place():
     for method in SMALLEST:
         assert torch.equal(method(lambda x: f(x.sub_(0.25)), x, Y), method(lambda x: f(x - 0.25), x, Y))
     assert evaluation.error_rate(lambda x: f(x.sub_(0.25)), x, Y) == 0 and torch.equal(x, pixels(1.0, 0.5))
-    with pytest.raises(RuntimeError):
-        attack_step(f, x, Y - 100, 0.9)  # -100 would be no target at all to torch's cross-entropy
 
 
 @pytest.mark.parametrize("beyond", [math.nan, math.inf])
@@ -866,6 +832,9 @@ def test_what_the_tables_say():
     assert row["failed"] == [0, 0, 0] and row["all failed"] == 0
     assert [row[name] for name in ("looks like target %", "looks like original %", "clean error %", "noise: original %",
                                    "reached %")] == [0, 100, 0, 100, 100] and row["images"] == [29]
+    for voted, expected in ((1 - y, [100, 0]), (torch.full_like(y, 2), [0, 0])):  # the target, and neither class
+        row = evaluation.evaluate(f, x, y, ["paper"], x.repeat(5, 1, 1, 1), voted.repeat(5), "")
+        assert [row["looks like target %"], row["looks like original %"]] == expected
     f[1].weight.data *= 0  # no attack moves an image
     row = evaluation.evaluate(f, x, y, ["deepfool", "paper", "ddn"], x, y, "")
     assert row["all failed"] > 0 and row["length"].isinf().any() and math.isnan(row["looks like target %"])
@@ -905,23 +874,25 @@ def test_json_has_null_for_what_is_no_finite_number(tmp_path):
         "results": [{"length": [0.5, None], "rho": None, "failed": [1]}, {"name": "b", "rho": 0.25}]}
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_and_nobody_elses_part(tmp_path, monkeypatch):
     evaluation.save_json(tmp_path / "all.json", [{"rho": 0.25}], {})
-    before, real = (tmp_path / "all.json").read_bytes(), Path.write_bytes
+    before, real, written = (tmp_path / "all.json").read_bytes(), Path.write_bytes, []
 
     def full(path, content):
+        written.append(path)
         real(path, content[:5])
         raise OSError("no space left")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
-        evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"):
+            evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    assert written[0] != written[1]  # two runs that write one file at once, also of two containers with one process id
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_png(tmp_path, kind):
+def test_png(tmp_path):
     page = torch.cat([torch.randint(256, (5, 7)) / 255, torch.tensor([[1, 1.01, -0.01, 0, 0, 0, 0.5]])])
-    evaluation.save_png(kind(tmp_path / "page.png"), page)
+    evaluation.save_png(str(tmp_path / "page.png"), page)
     content = (tmp_path / "page.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (7, 6)
     lines = zlib.decompress(content[content.index(b"IDAT") + 4:-16])
@@ -947,14 +918,13 @@ def test_svg(tmp_path):
 
 
 def test_figures_2_and_4(monkeypatch):
-    f, y = linear(10), torch.arange(10)
-    x = torch.zeros(10, 1, 28, 28).double()
+    x, y = torch.zeros(10, 1, 28, 28).double(), torch.arange(10)
     f = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
     x.flatten(1)[:, :10] = 0.2 + 0.6 * torch.eye(10)
     f[1].weight.data[:], f[1].bias.data[:] = 8 * torch.eye(784)[:10], 0
     f[1].bias.data[9] = -1000  # no attack reaches this class
     page, reached, alike = evaluation.figure_2(f, x, y, x.repeat(5, 1, 1, 1), y.repeat(5))
-    assert page.shape == (640, 640) and reached == 81 and 0 <= alike <= 81
+    assert page.shape == (640, 640) and (reached, alike) == (81, 81)
     cells = page.view(10, 64, 10, 64).transpose(1, 2)
     for i in range(10):
         assert cells[i, i, :4].eq(1).all() and cells[i, i, 4:-4, 4:-4].max().item() == pytest.approx(0.8, abs=1e-6)
@@ -1007,7 +977,6 @@ def test_files_are_found_and_parsed(small, tmp_path, where, ending):
 BROKEN = {
     "truncated": (lambda c: c[:-5], "bytes, expected"),
     "one bit flipped": (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "SHA-256"),
-    "html": (lambda c: b"<!DOCTYPE html><html>Not found</html>", "neither gzip nor IDX"),
     "gzip truncated": (lambda c: gzip.compress(c)[:-9], "archive is broken"),
     "labels for images": (lambda c: idx(torch.arange(6)), "neither gzip nor IDX of 3 dimensions"),
     "test for train": (lambda c: idx(torch.zeros(3, 4, 4).int()), "shape"),
@@ -1040,30 +1009,6 @@ def test_download(small, tmp_path, capsys, monkeypatch):
     assert len(error.splitlines()) <= 10 and not (tmp_path / "none").exists()
 
 
-def test_two_downloads_at_once_in_one_process(small, tmp_path, monkeypatch):
-    """One process has one id, as processes of two containers may have. Both have written before one renames."""
-    files, tensors = small
-    for page, content in files.items():
-        (tmp_path / f"{page}.gz").write_bytes(content)
-    found, written, both, real = [], [], threading.Barrier(2), Path.write_bytes
-
-    def write_bytes(path, content):
-        real(path, content)
-        written.append(path)
-        if len(written) <= 2:
-            both.wait()
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    mirrors = [f"{tmp_path.as_uri()}/"]
-    threads = [threading.Thread(target=lambda: found.append(data.load_mnist(tmp_path / "new", mirrors)))
-               for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 2 and all(torch.equal(y_train, tensors[1]) for _, y_train, *_ in found)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"{page}.gz" for page in files)
-
-
 def test_stroke_digits():
     (x, y), again, (x_other, _) = (data.stroke_digits(300, seed) for seed in (3, 3, 4))
     assert x.shape == (300, 1, 28, 28) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
@@ -1090,13 +1035,6 @@ def log_of(path):
     """The rows of a log, without the time column."""
     rows = csv.DictReader(Path(path).read_text().splitlines())
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
-def leaves(value):
-    """The values in a checkpoint's nested containers, in order, without the times."""
-    if isinstance(value, dict):
-        value = [part for name, part in value.items() if name != "seconds"]
-    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def run_script(*command, folder, **environment):
@@ -1131,21 +1069,13 @@ def test_what_is_evaluated(scripts, monkeypatch):
     torch.save({**GOOD, "f": lenet().state_dict()}, "net.pt")
     seen, y_train, y = [], torch.arange(20000, 30300), torch.arange(10000)
     monkeypatch.setattr(data, "load_mnist", lambda folder: (y_train / 30300, y_train, y / 10000, y))
-
-    def error_rate(f, x, y):
-        seen.append(y)
-        return 0
-
-    def evaluate(f, x, y, attacks, x_train, y_train, title):
-        seen.extend([y, y_train])
-        assert torch.equal(x, y / 10000) and torch.equal(x_train, y_train / 30300)
-        return {}
-    monkeypatch.setattr(evaluation, "error_rate", error_rate)
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "error_rate", lambda f, x, y: seen.append(y) or 0)
+    monkeypatch.setattr(evaluation, "evaluate", lambda f, *arguments: seen.extend(arguments) or {})
     monkeypatch.setattr(evaluation, "report", lambda *arguments: [])
     assert evaluation.main(["net.pt", "--n", "5", "--data", "mnist", "--device", "cpu"]) == 0
-    assert torch.equal(seen[0], y) and seen[1].tolist() == [6044, 2890, 9399, 1917, 4919]
-    assert torch.equal(seen[2], y_train[10000:])
+    whole, x, some, _, x_near, y_near, _ = seen
+    assert torch.equal(whole, y) and some.tolist() == [6044, 2890, 9399, 1917, 4919] and torch.equal(x, some / 10000)
+    assert torch.equal(y_near, y_train[10000:]) and torch.equal(x_near, y_near / 30300)
 
 
 def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, capsys):
@@ -1173,12 +1103,6 @@ def test_pictures_of_two_checkpoints_of_one_name(scripts, capsys):
     assert "would overwrite each other" in capsys.readouterr().err
 
 
-def test_scripts_without_docstrings(tmp_path):
-    for script in ("train.py", "eval.py"):
-        done = run_script("-OO", HERE / script, "--help", folder=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "") and "--device" in done.stdout
-
-
 def test_float32_means_float32(scripts, monkeypatch):
     for main in (train.main, evaluation.main):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -1197,13 +1121,13 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
         return real(run, epoch, x, y)
     monkeypatch.setattr(train, "step", interrupted)
     assert train.main([*flags, "--out", "parts.pt"]) == 130 and "--resume" in capsys.readouterr().err
-    os.remove("parts.csv")  # the log is the checkpoint's: it comes back
     assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0
-    whole, parts = (leaves(torch.load(name, weights_only=True)) for name in ("whole.pt", "parts.pt"))
-    for a, b in zip(whole, parts, strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert log_of("whole.csv") == log_of("parts.csv") and len(log_of("parts.csv")) == 3
+    whole, parts = (torch.load(name, weights_only=True) for name in ("whole.pt", "parts.pt"))
+    for name in ("f", "D", "confidence"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
+    os.remove("parts.csv")  # the log is the checkpoint's: it comes back
     assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0 and "finished" in capsys.readouterr().out
+    assert log_of("whole.csv") == log_of("parts.csv") and len(log_of("parts.csv")) == 3
     for more, message in ([["--out", "parts.pt"], "parts.pt is there already"],
                           [["--out", "parts.pt", "--resume", "--lam", "3"], "lam 0.5 (now 3.0)"],
                           [["--out", "parts.pt", "--resume", "--arch", "lenet"], "arch mlp (now lenet)"]):
@@ -1260,6 +1184,9 @@ def test_settings_and_paths(monkeypatch):
     assert (args.out, args.data_dir) == (home / "run.pt", home / "mnist")
     args = evaluation.parse_flags(["~/run.pt", "--json", "~/all.json", "--figures", "~/pictures"])
     assert (args.checkpoints, args.json, args.figures) == ([home / "run.pt"], home / "all.json", home / "pictures")
+    for parse in (train.parse_flags, evaluation.parse_flags):
+        with pytest.raises(SystemExit, match="^0$"):
+            parse(["--help"])
     with pytest.raises(NotADirectoryError, match=re.escape(str(home / "no"))):
         monkeypatch.setattr(Path, "exists", lambda path: True)
         data.load_mnist("~/no")
@@ -1273,7 +1200,6 @@ def damaged(path, damage):
 BAD_CHECKPOINTS = {
     "code": lambda path: torch.save({**GOOD, "f": type("Trap", (), {
         "__reduce__": lambda _: (os.mkdir, ("trapped",))})()}, path),  # would make a folder
-    "zeros": lambda path: path.write_bytes(bytes(100_000)),
     "truncated": lambda path: damaged(path, lambda c: c[:-50_000]),
     "one bit flipped": lambda path: damaged(path, lambda c: c[:10**6] + bytes([c[10**6] ^ 1]) + c[10**6 + 1:]),
     "another architecture's": lambda path: torch.save({**GOOD, "f": mlp().state_dict()}, path),
@@ -1295,19 +1221,12 @@ def test_bad_checkpoints_are_refused_by_name(scripts, capsys, kind):
 
 # --- What is shipped and what README says -------------------------------------------------------------------------
 
-SHIPPED = {"lenet-critic.pt": 1.03, "lenet-reference.pt": 0.89}  # test errors in percent
-
-
 @needs_mnist
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_networks(name):
-    f, _ = evaluation.load_checkpoint(HERE / "results" / name)
+def test_shipped_networks():
     *_, x, y = data.load_mnist()
-    assert 100 * evaluation.error_rate(f, x, y) == pytest.approx(SHIPPED[name], abs=0.011)
-
-
-def test_every_shipped_network_is_tested():
-    assert {path.name for path in (HERE / "results").glob("*.pt")} == set(SHIPPED)
+    errors = {path.name: 100 * evaluation.error_rate(evaluation.load_checkpoint(path)[0], x, y)
+              for path in (HERE / "results").glob("*.pt")}
+    assert errors == pytest.approx({"lenet-critic.pt": 1.03, "lenet-reference.pt": 0.89}, abs=0.011)
 
 
 def test_the_examples_of_readme(scripts):
@@ -1321,21 +1240,13 @@ def test_the_examples_of_readme(scripts):
     torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))
 
 
-def commands(text):
-    """The script and the flags of each line of a Markdown text that calls one, in a loop with one of its values."""
-    for line in text.splitlines():
-        line = line.strip().replace("$arch", "lenet").replace("$defense", "vat").split(";")[0]
-        if line.startswith(("python train.py", "python eval.py")):
-            _, script, *flags = shlex.split(line, comments=True)
-            yield script, flags
-
-
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
 def test_every_command_parses(name):
-    found = list(commands((HERE / name).read_text(encoding="utf-8")))
+    text = (HERE / name).read_text(encoding="utf-8").replace("$arch", "lenet").replace("$defense", "vat")
+    found = re.findall(r"^ +python (train|eval)\.py([^#;\n]*)", text, re.MULTILINE)
     assert len(found) > 2
     for script, flags in found:
-        {"train.py": train.parse_flags, "eval.py": evaluation.parse_flags}[script](flags)
+        {"train": train, "eval": evaluation}[script].parse_flags(flags.split())
 
 
 def test_the_first_table_of_readme_is_measured():
