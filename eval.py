@@ -1,6 +1,6 @@
 """How robust is a trained classifier? The paper's attacks and DDN; the paper's Tables 1 and 2, Figures 2 and 4.
 
-    python eval.py results/*.pt --n 100             two networks in a minute on two CPU cores
+    python eval.py results/*.pt --n 100             four networks in two and a half minutes on two CPU cores
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
 Prints the tables, the published values in brackets: a line for each defense and network, with mean±standard deviation
