@@ -1,7 +1,7 @@
 """The tests, in the order of the paper: each against a closed form, a finite difference in float64, a count from the
 paper or an independent recomputation, and at the end the scripts as a user runs them.
 
-    pytest      about two minutes on two cores, no network; a few tests want MNIST's folder in MNIST_DIR
+    pytest      about three minutes on two cores, no network; a few tests want MNIST's folder in MNIST_DIR
 """
 import copy
 import csv
