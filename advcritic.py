@@ -108,7 +108,7 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
     """Eq. 5 + Eq. 6, minimised by f. With D_k the critic's logit k:
 
     mean NLL(x, y) + lam mean softplus(-D_y_adv(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
-    x_rec = A_f(x_adv; the class of x), to the confidence that f has in this class at x
+    x_rec = A_f(x_adv; the class that f gives to x), to the confidence that f has in it at x; x_adv a constant
 
     x (N,...) images, y (N,) labels, x_adv what attack(f, x, ..., create_graph=True) made of x with the same f; lam is
     0.5 for the MLP and 0.1 for LeNet; steps of the attack back. The second and third mean run over the images whose
@@ -132,9 +132,9 @@ def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
     # The gradient of `fool` runs through D (whose weights stay put, see minimise) and x_adv into the attack and f.
     score = checked(D(x_adv), x).gather(1, y_adv[:, None]).squeeze(1)  # D_y_adv(x_adv)
     fool = mean_moved(F.softplus(-score))
-    # x_adv is a constant here: of the two attacks only the way back is differentiated. Its confidence is not detached,
-    # as in the released code, so this term trains f at x as well; detaching it changes its gradient by about a third.
-    # Eq. 6 prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
+    # As in the released code, x_adv is a constant here: of the two attacks only the way back is differentiated. As
+    # there, its confidence is no constant, so this term trains f at x as well: about a third of its gradient. Eq. 6
+    # prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
     x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
     cycle = mean_moved((x_rec - x).flatten(1).square().sum(1))
 
@@ -213,9 +213,10 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
         # Where the gradient stops. x_adv = x + (1 + overshoot) sum_i go_i r_i, and f's weights enter each summand in
         # two ways: through p, l and w, computed with the weights, and through the point x_i at which they are
         # computed, which the steps before it have reached with the same weights. We keep the first and cut the
-        # second: x_i is detached, so each step is a differentiable function of the weights at a fixed point, and
-        # the gradient of x_adv is the sum of the gradients of go_i r_i, each at its x_i. Keeping the second would
-        # multiply every step's gradient by the Jacobians of all later steps, which hold Hessians of log p.
+        # second: x_i is a constant (to attack_step every x is), so each step is a differentiable function of the
+        # weights at a fixed point, and the gradient of x_adv is the sum of the gradients of go_i r_i, each at its x_i.
+        # Keeping the second would multiply every step's gradient by the Jacobians of all later steps, which hold
+        # Hessians of log p.
         x_i = (x + (1 + overshoot) * r).detach()
         r_i, p, _ = attack_step(f, x_i, target, C, create_graph)
         go = go * below(p, C)

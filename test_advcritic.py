@@ -1154,6 +1154,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
     error = capsys.readouterr().err
     assert "step 1 of epoch 2" in error and "nan.pt keeps the last whole epoch" in error
+    assert "--resume" not in error  # which would end at the same step
     assert [row["epoch"] for row in log_of("nan.csv")] == ["1"] and evaluation.load_checkpoint("nan.pt")
 
 
@@ -1171,6 +1172,10 @@ def test_wrong_flags(scripts, capsys, command):
     named = ["CHECKPOINT", *(flag for flag in flags if flag.startswith("--"))][-1]
     assert error.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]  # above it stands the usage
     assert list(scripts.iterdir()) == []
+
+
+def test_clock():
+    assert (train.clock(59.6), train.clock(3600), train.clock(100000)) == ("0:01:00", "1:00:00", "27:46:40")
 
 
 def test_settings_and_paths(monkeypatch):

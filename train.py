@@ -9,9 +9,7 @@ Prints a line per epoch and, last, the command that measures the network on the 
 import argparse
 import csv
 import dataclasses
-import datetime
 import io
-import math
 import signal
 import sys
 import time
@@ -27,8 +25,8 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
                        uniform_class)
-from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, read_checkpoint,
-                  unit, user_path)
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
+                  read_checkpoint, unit, user_path)
 
 BATCH = 100
 
@@ -70,10 +68,10 @@ def margin(f, x, y, lam=0.1):
     k = boundaries(f, x, y)[1].argmax(1)
     x = x.detach().requires_grad_()
     logits = f(x)
-    f_y, f_k = logits.gather(1, y[:, None]).squeeze(1), logits.gather(1, k[:, None]).squeeze(1)
+    f_y, others = own_and_others(logits, y)
+    f_k = logits.gather(1, k[:, None]).squeeze(1)
     grad, = torch.autograd.grad((f_y - f_k).sum(), x, create_graph=True)
-    rival = logits.scatter(1, y[:, None], -math.inf).max(1).values
-    return F.relu(1 - f_y + rival).mean() + lam * grad.flatten(1).square().sum(1).mean()
+    return F.relu(1 - f_y + others.max(1).values).mean() + lam * grad.flatten(1).square().sum(1).mean()
 
 
 def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
@@ -116,7 +114,7 @@ class Run:
 
 
 def start(settings, device):
-    """A fresh run, Adam and its learning rates as in Section 5."""
+    """A fresh run, with Adam: the critic's learning rates as in Section 5, which names none for the other defenses."""
     torch.manual_seed(settings["seed"])
     fused = torch.device(device).type in ("cpu", "cuda")  # there is no fused Adam on the tests' meta device
     f = network(settings["arch"], device)
@@ -261,7 +259,8 @@ def announce(seconds, steps):
 
 def clock(seconds):
     """Hours, minutes and seconds, '1:02:03'."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def train(run, out, x, y, x_val, y_val):
@@ -393,7 +392,7 @@ def main(argv=None):
     """The command line; returns the exit status."""
     args, settings = parse_flags(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
-    run = None
+    run, hint = None, ": the same command with --resume goes on after it"
     try:
         run, sets = prepare(args, settings)
         if sets is None:
@@ -405,12 +404,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the line after the terminal's ^C
         problem, status = "interrupted", 130
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError) as error:
         problem, status = f"error: {error}", 2
+    except FloatingPointError as error:
+        problem, status, hint = f"error: {error}", 2, ""  # --resume would come to the same step
     print(f"train.py: {problem}", file=sys.stderr)
     if run is not None and args.out.exists():
-        print(f"{args.out} keeps the last whole epoch: the same command with --resume goes on after it",
-              file=sys.stderr)
+        print(f"{args.out} keeps the last whole epoch{hint}", file=sys.stderr)
     return status
 
 
