@@ -1,7 +1,8 @@
 """How robust is a trained classifier? The paper's attacks and DDN; the paper's Tables 1 and 2, Figures 2 and 4.
 
-    python eval.py results/*.pt --n 100             four networks in two and a half minutes on two CPU cores
+    python eval.py results/*.pt --n 100             attacks the networks of results/
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
+    python eval.py all.json other.json              the tables and the curve of these rows again, without an attack
 
 Prints the tables, the published values in brackets: a line for each defense and network, with mean±standard deviation
 over checkpoints that differ only in the seed. The attacks are functions of any classifier f, images x and labels y.
@@ -10,12 +11,13 @@ import argparse
 import functools
 import glob
 import html
-import inspect
 import json
 import math
 import os
+import statistics
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -29,11 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, lenet, mlp,
-                       per_image)
+from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, expect, leaf,
+                       lenet, mlp, per_image, pick)
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
-DATA = ("mnist", "strokes")
+DATA = ("mnist", "drawn")
 
 
 # --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
@@ -48,91 +50,51 @@ def l2(v):
     return wide(v).flatten(1).norm(dim=1)
 
 
+def unit(v):
+    """v (N,...) divided by its l2 length, image by image."""
+    return v / per_image(l2(v).clamp(min=1e-12), v)
+
+
 def rho(x, x_adv):
     """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
-    if x_adv.shape != x.shape or x.dim() < 2:
-        raise ValueError(f"x: shape {tuple(x.shape)}, x_adv: {tuple(x_adv.shape)}, expected both (N,...)")
+    expect(x_adv.shape == x.shape and x.dim() >= 2, "x_adv", x_adv, f"the shape of x, {tuple(x.shape)}, both (N,...)")
     norm = l2(x)
     return torch.where(norm > 0, l2(wide(x_adv) - wide(x)) / norm, torch.nan)
 
 
-# --- What holds for every attack ----------------------------------------------------------------------------------
+def mean_rho(x, length):
+    """Eq. 8 from the lengths (N,) of the perturbations, without infinite ones and without black images."""
+    ratio = length / l2(x)
+    return ratio[ratio.isfinite()].mean().item()
+
+
+# --- The class that f gives to an image ---------------------------------------------------------------------------
 
 @torch.no_grad()
 def batched_logits(f, x):
     """f(x) (N,K), computed in parts that fit into memory."""
-    return torch.cat([checked(f(part.clone()), part) for part in x.split(500)])  # clone: for an f that works in place
-
-
-def check_images(x):
-    """ValueError unless x holds floating-point images (N,...) in [0,1]."""
-    if not x.is_floating_point() or x.dim() < 2:
-        raise ValueError(f"x: {x.dtype} of shape {tuple(x.shape)}, expected floating-point images (N,...) in [0,1]")
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
-
-
-def check_labels(name, y, n, num_classes):
-    """ValueError unless y holds n integers in [0, num_classes)."""
-    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"{name}: {y.dtype} of shape {tuple(y.shape)}, expected integers of shape ({n},)")
-    if n and not 0 <= y.min() <= y.max() < num_classes:
-        raise ValueError(f"{name}: values from {y.min()} to {y.max()}, expected classes 0 to {num_classes - 1}")
-
-
-def image_attack(method):
-    """Decorates an attack method(f, x, y, ...), or a targeted one, method(f, x, target, ...), with what holds for all:
-
-    - f is any callable, images -> logits (N,K), that treats each image by itself (eval mode for batch norm and
-      dropout); x (N,...) floating-point images in [0,1], y integers (N,). ValueError otherwise, also where a logit
-      at x is not finite (targeted: -inf is allowed, a class that cannot be reached). An empty batch gives an empty one.
-    - nothing is changed: x, f's mode, weights and their gradients; it works in no_grad and inference mode.
-    - the attack computes in float32 at least. f gets images in x's type, and success is judged on those.
-    - x_adv (N,...) in [0,1], of x's type, detached. An image that is not y to begin with, or that the attack did not
-      turn into another class, comes back as x; targeted, only one that is not finite.
-    """
-    signature = inspect.signature(method)
-    name = list(signature.parameters)[2]
-    targeted = name == "target"
-
-    @functools.wraps(method)
-    def attack(*args, **kwargs):
-        options = signature.bind(*args, **kwargs).arguments
-        f, x, y = options.pop("f"), options.pop("x"), options.pop(name)
-        with torch.inference_mode(False), torch.no_grad():
-            check_images(x)
-            x, y = x.clone(), y.clone()  # outside inference mode, so that autograd may keep them
-            if len(x) == 0:
-                return x
-
-            def g(some):  # f on images in x's type, for an attack that computes in float32 at least
-                return checked(f(some.to(x.dtype, copy=True)), some).to(some.dtype)
-            x_adv = wide(x).clone()
-            with torch.enable_grad():
-                f_x = g(x_adv.clone().requires_grad_())
-            if not f_x.requires_grad:
-                raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
-            f_x = f_x.detach()
-            check_labels(name, y, *f_x.shape)
-            if not (f_x < torch.inf if targeted else f_x.isfinite()).all():
-                raise ValueError("f: its logits at x are not finite")
-            y = y.long()
-            start = torch.ones_like(y, dtype=torch.bool) if targeted else f_x.argmax(1) == y
-            if start.any():
-                x_adv[start] = method(g, x_adv[start], y[start], **options)
-            x_adv = x_adv.clamp(0, 1).to(x.dtype)
-            done = x_adv.isfinite().flatten(1).all(1) if targeted else fooled(f, x_adv, y)
-            return torch.where(per_image(done, x), x_adv, x)
-    return attack
+    expect(isinstance(x, torch.Tensor), "x", x, "images, a tensor (N,...)")
+    return torch.cat([checked(f, part.clone()) for part in x.split(500)])  # clone: for an f that works in place
 
 
 def classify(f, x, y):
     """The class (N,) that f gives to each image; -1, no class, where its largest logit is infinite or not a number.
     y is only checked: ValueError unless it holds N labels that f knows."""
-    f_x = batched_logits(f, x)
-    check_labels("y", y, *f_x.shape)
-    largest, label = f_x.max(1)
+    logits = batched_logits(f, x)
+    check_labels("y", y, *logits.shape)
+    largest, label = logits.max(1)
     return torch.where(largest.isfinite(), label, -1)
+
+
+def share(which):
+    """The share of True among which (N,), a float; nan of none. Counts are whole numbers: not every device has float64.
+    """
+    return which.sum().item() / len(which) if len(which) else math.nan
+
+
+def error_rate(f, x, y):
+    """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
+    return share(classify(f, x, y) != y)
 
 
 def fooled(f, x_adv, y):
@@ -141,102 +103,141 @@ def fooled(f, x_adv, y):
     return (label != y) & (label >= 0)
 
 
-def unit(v):
-    """v (N,...) divided by its l2 length, image by image."""
-    return v / per_image(l2(v).clamp(min=1e-12), v)
+def check_images(x):
+    """ValueError unless x holds floating-point images (N,...) in [0,1]."""
+    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() >= 2
+    expect(ok, "x", x, "floating-point images (N,...) in [0,1]")
+    if not inside(x).all():
+        raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
 
 
-def own_and_others(f_x, y):
-    """Of logits f_x (N,K): f_y (N,), and all of them with -inf in its place, for a maximum over the other classes."""
-    return f_x.gather(1, y[:, None]).squeeze(1), f_x.scatter(1, y[:, None], -torch.inf)
+def inside(x):
+    """True (N,) where all pixels of x are in [0,1]."""
+    return ((x >= 0) & (x <= 1)).flatten(1).all(1)
+
+
+def check_labels(name, y, n, num_classes):
+    """ValueError unless y holds n integers in [0, num_classes)."""
+    ok = isinstance(y, torch.Tensor) and y.shape == (n,) and not y.is_floating_point() and y.dtype != torch.bool
+    expect(ok, name, y, f"integers of shape ({n},)")
+    if n and not 0 <= y.min() <= y.max() < num_classes:
+        raise ValueError(f"{name}: values from {y.min()} to {y.max()}, expected classes 0 to {num_classes - 1}")
+
+
+# --- What holds for every attack ----------------------------------------------------------------------------------
+#
+# f is any callable, images -> logits (N,K), that treats each image by itself; x (N,...) floating-point images in [0,1];
+# y or target integers (N,). ValueError for anything else, and where the logits at x or their gradient are not finite.
+# Nothing is changed: x, f's mode, weights and their gradients; no_grad and inference mode do not matter. The attack
+# computes in float32 at least, f gets images in x's type, and x_adv (N,...) in [0,1] is of x's type, detached.
+
+def accept(f, x, name, y):
+    """Checks what an attack was given. Returns g, f for images of any precision, and its logits at x."""
+    check_images(x)
+
+    def g(images):
+        return checked(f, images.to(x.dtype, copy=True)).to(images.dtype)
+    with torch.enable_grad():
+        start, grad = leaf(wide(x)), None
+        logits = g(start)
+        check_labels(name, y, *logits.shape)
+        if not logits.isfinite().all():
+            raise ValueError("f: its logits at x are not finite")
+        if logits.requires_grad:
+            grad, = torch.autograd.grad(logits.sum(), start, allow_unused=True)
+    if grad is None:
+        raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
+    if not grad.isfinite().all():
+        raise ValueError("f: the gradient of its logits at x is not finite")
+    return g, logits.detach()
+
+
+def untargeted(method):
+    """Decorates an attack method(f, x, y, ...). It gets the images that f classifies as y. The others come back as they
+    are, and so do those on which it fails, judged by f on x_adv as it is returned."""
+    @functools.wraps(method)
+    def attack(f, x, y, *args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            g, logits = accept(f, x, "y", y)
+            x_adv, right = wide(x).clone(), logits.argmax(1) == y
+            if right.any():
+                x_adv[right] = method(g, x_adv[right], y[right].long(), *args, **kwargs)
+            x_adv = x_adv.clamp(0, 1).to(x.dtype)
+            return torch.where(per_image(fooled(f, x_adv, y), x), x_adv, x)
+    return attack
+
+
+def own_and_others(logits, y):
+    """f_y (N,), and all logits (N,K) with -inf in its place, for a maximum over the other classes."""
+    return pick(logits, y), logits.scatter(1, y[:, None], -torch.inf)
 
 
 # --- The attacks --------------------------------------------------------------------------------------------------
 
-@image_attack
+@untargeted
 def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
     """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016), to the closest boundary, the class chosen anew at
-    each step:
+    each step, at most `steps` times:
 
     r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
 
     until x_adv = clamp(x + (1 + overshoot) r) is not classified as y; r is taken back from the clamped image. The
     1e-4 makes the step cross the boundary on which it would end. max_step=0.1 is the paper's, None takes full steps.
-    Arguments, errors and x_adv as image_attack says; steps is the most that are taken.
     """
     x_adv, r, live = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        if len(live) == 0:
-            break
         gap, norm, w = boundaries(f, (x + r)[live], y[live])
-        length = boundary_distance(gap, norm).scatter(1, y[live, None], torch.inf).amin(1)
-        if max_step is not None:
-            length = length.clamp(max=max_step)
+        length = boundary_distance(gap, norm, y[live]).amin(1).clamp(max=max_step or math.inf)
         r_i = per_image(length + 1e-4, w) * unit(w)
         x_i = (x[live] + (1 + overshoot) * (r[live] + r_i)).clamp(0, 1)
         x_adv[live] = x_i
         r[live] = (x_i - x[live]) / (1 + overshoot)
         live = live[f(x_i).argmax(1) == y[live]]
+        if len(live) == 0:
+            break
     return x_adv
 
 
-@image_attack
+@untargeted
 def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
 
     |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
 
     from w = atanh(0.999999 (2x - 1)): without the factor a pixel of 0 or 1 has no gradient. c begins at 1e-3; after
-    each of the search steps it is bisected, or multiplied by 10 as long as no c has fooled f. An image leaves a
-    search step once a fortieth of the steps has not lowered its own best loss by 0.1%; in the first half only if this
-    loss has fallen before: a pixel of 0 or 1 needs hundreds of steps to come out of where tanh is flat.
-    Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
+    each of the search steps it is bisected, or multiplied by 10 as long as no c has fooled f. x_adv is the closest
+    image that fooled f. Every search step runs to its end, without the original's early abort.
     """
     x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: |x_adv - x|^2
     low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, torch.inf))
     for _ in range(search_steps):
-        live, found = torch.arange(len(x), device=x.device), torch.zeros_like(y, dtype=torch.bool)
-        w = (0.999999 * (2 * x - 1)).atanh()
-        m, v = torch.zeros_like(w), torch.zeros_like(w)
-        best = last = torch.full_like(c, torch.inf)
-        for step in range(1, steps + 1):
+        w = (0.999999 * (2 * x - 1)).atanh().requires_grad_()
+        adam, found = torch.optim.Adam([w], lr=lr), torch.zeros_like(y, dtype=torch.bool)
+        for _ in range(steps):
             with torch.enable_grad():
-                w.requires_grad_()
                 x_i = (w.tanh() + 1) / 2
-                f_y, others = own_and_others(f(x_i), y[live])
+                f_y, others = own_and_others(f(x_i), y)
                 gap = f_y - others.amax(1)
-                square = (x_i - x[live]).flatten(1).square().sum(1)
-                loss = square + c[live] * gap.clamp(min=0)
-                grad, = torch.autograd.grad(loss.sum(), w)
-            found[live] |= gap < 0
-            closer = (gap < 0) & (square < shortest[live])
-            x_adv[live] = torch.where(per_image(closer, x), x_i, x_adv[live])
-            shortest[live] = torch.where(closer, square, shortest[live])
-            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad.square()  # Adam
-            w = w.detach() - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
-            best = torch.minimum(best, loss)
-            if step == 1:
-                first = loss
-            if step % max(1, steps // 40) == 0:
-                falling = best < 0.999 * last
-                not_begun = (best > 0.995 * first) & (step < steps / 2)
-                going = falling | not_begun
-                live, w, m, v, first, best = (part[going] for part in (live, w, m, v, first, best))
-                last = best
-                if len(live) == 0:
-                    break
+                square = (x_i - x).flatten(1).square().sum(1)
+                w.grad, = torch.autograd.grad((square + c * gap.clamp(min=0)).sum(), w)
+            closer = (gap < 0) & (square < shortest)
+            x_adv = torch.where(per_image(closer, x), x_i, x_adv)
+            shortest = torch.where(closer, square, shortest)
+            found |= gap < 0
+            adam.step()
         low, high = torch.where(found, low, c), torch.where(found, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
     return x_adv
 
 
-@image_attack
+@untargeted
 def ddn(f, x, y, steps=1000):
     """The l2 attack by decoupled direction and norm (Rony et al. 2019). From r = 0 and length 1, in each step:
 
     r += alpha g / |g|,   g = grad NLL(f(x + r), y),   alpha from 1 to 0.01 along a cosine
     length *= 0.95 if f(x + r) was not y, else 1.05;   r is set to this length, then x + r clamped to [0,1].
-    Arguments, errors and x_adv as image_attack says; x_adv is the closest image that fooled f.
+
+    x_adv is the closest image that fooled f.
     """
     x_adv, r = x.clone(), torch.zeros_like(x)
     length, shortest = x.new_ones(len(x)), x.new_full((len(x),), torch.inf)
@@ -253,43 +254,39 @@ def ddn(f, x, y, steps=1000):
         alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
         length = torch.where(success, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
         r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
-    return x_adv.detach()
-
-
-@image_attack
-def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
-    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
-    classifies x_adv as the target with a probability of at least confidence.
-
-    x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
-
-    target integers (N,); confidence in (0,1], a float or (N,); max_step None takes full steps; steps is the most that
-    are taken. An attack that fails keeps its last iterate. Other arguments, errors and x_adv as image_attack says.
-    """
-    C = as_confidence(confidence, x)
-    if not ((C > 0) & (C <= 1)).all():
-        raise ValueError(f"confidence: values from {C.min():.7g} to {C.max():.7g}, expected probabilities in (0,1]")
-    x_adv, live = x.clone(), torch.arange(len(x), device=x.device)
-    for _ in range(steps):
-        r_i, p, logits = attack_step(f, x_adv[live], target[live], C[live])
-        going = (p < C[live]) | (logits.argmax(1) != target[live])
-        live, r_i = live[going], r_i[going]
-        if len(live) == 0:
-            break
-        if max_step is not None:
-            r_i = per_image(l2(r_i).clamp(max=max_step), r_i) * unit(r_i)
-        x_adv[live] = (x_adv[live] + (1 + overshoot) * r_i).clamp(0, 1)
     return x_adv
 
 
-@image_attack
+def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
+    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
+    classifies x_adv as the target with a probability of at least confidence, or `steps` are taken.
+
+    x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
+
+    confidence in (0,1], a float or (N,); max_step None takes full steps. An attack that fails keeps its last iterate.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        g, _ = accept(f, x, "target", target)
+        x_adv, target, C = wide(x).clone(), target.long(), as_confidence(confidence, wide(x))
+        if not ((C > 0) & (C <= 1)).all():
+            raise ValueError(f"confidence: values from {C.min():.7g} to {C.max():.7g}, expected probabilities in (0,1]")
+        live = torch.arange(len(x), device=x.device)
+        for _ in range(steps):
+            r_i, p, logits = attack_step(g, x_adv[live], target[live], C[live])
+            going = (p < C[live]) | (logits.argmax(1) != target[live])
+            live, r_i = live[going], r_i[going]
+            if len(live) == 0:
+                break
+            r_i = per_image(l2(r_i).clamp(max=max_step or math.inf), r_i) * unit(r_i)
+            r_i = r_i.nan_to_num()  # an image that has lost its gradient stays where it is
+            x_adv[live] = (x_adv[live] + (1 + overshoot) * r_i).clamp(0, 1)
+        return x_adv.to(x.dtype)
+
+
+@untargeted
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
-    and to the confidence that f has at x.
-
-    Arguments and errors as image_attack says. Returns x_adv also where it is the target but short of the confidence,
-    and x where it is not the target.
-    """
+    and to the confidence that f has at x. x_adv also where it is the target but short of the confidence."""
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
     return torch.where(per_image(f(x_adv).argmax(1) == target, x), x_adv, x)
@@ -300,54 +297,42 @@ ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "paper": paper_attack, "d
 
 # --- Measuring a classifier ---------------------------------------------------------------------------------------
 
-def percent(which):
-    """The share of True, in percent."""
-    return 100 * which.double().mean().item()
-
-
-def error_rate(f, x, y):
-    """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
-    return (classify(f, x, y) != y).double().mean().item()
-
-
-def mean_rho(x, length):
-    """Eq. 8 from the lengths (N,) of the perturbations, without infinite ones and without black images."""
-    ratio = length / l2(x)
-    return ratio[ratio.isfinite()].mean().item()
+def in_parts(n, size, title):
+    """Yields the slices of n images in parts of this size. With a title and on a terminal it shows how far it is, and
+    how long the rest will take."""
+    start, show = time.perf_counter(), title is not None and sys.stderr is not None and sys.stderr.isatty()
+    for done in range(0, n, size):
+        if show:
+            left = f", {(time.perf_counter() - start) * (n / done - 1):.0f} s left" if done else ""
+            print(f"\r{title}: {done} of {n} images{left}\033[K", end="", file=sys.stderr, flush=True)
+        yield slice(done, done + size)
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def measure(f, x, y, method, title=None):
     """Attacks the images x with method(f, x, y); with a title it shows its progress on a terminal. A dict:
 
     x_adv    (N,...) what method returned; all that follows is found from it alone
-    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv is still classified as y
+    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where f is not fooled: x_adv is still
+             classified as y, or not in [0,1]
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
     check_images(x)
-    right = classify(f, x, y) == y
-    start, parts = time.perf_counter(), []
-    show = title is not None and sys.stderr.isatty()
-    for some in torch.arange(len(x), device=x.device).split(2000 if x.is_cuda else 50):
-        if show:
-            done, seconds = some[0].item(), time.perf_counter() - start
-            left = f", {seconds * (len(x) / done - 1):.0f} s left" if done else ""
-            print(f"\r{title}: {done} of {len(x)} images{left}\033[K", end="", file=sys.stderr, flush=True)
-        parts.append(method(f, x[some], y[some]))
-    if show:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    x_adv = torch.cat(parts).detach()
-    if x_adv.shape != x.shape:
-        raise ValueError(f"method: returned shape {tuple(x_adv.shape)}, expected that of x, {tuple(x.shape)}")
-    length = l2(wide(x_adv) - wide(x.detach()))
-    done = fooled(f, x_adv, y) & length.isfinite()
-    length = torch.where(right, length, 0).masked_fill(~done, torch.inf)
-    return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=(~done).sum().item(),
+    right, start = classify(f, x, y) == y, time.perf_counter()
+    parts = [method(f, x[some], y[some]) for some in in_parts(len(x), 2000 if x.is_cuda else 50, title)]
+    x_adv = torch.cat(parts).detach() if parts else x
+    expect(x_adv.shape == x.shape, "method", x_adv, f"images of the shape of x, {tuple(x.shape)}")
+    done = fooled(f, x_adv, y) & inside(x_adv)
+    length = torch.where(done, l2(wide(x_adv) - wide(x.detach())), torch.inf)
+    length = torch.where(right, length, 0)
+    return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=length.isinf().sum().item(),
                 seconds=time.perf_counter() - start)
 
 
 def vote(x, x_train, y_train, k=5):
     """The class (N,) of images x by the vote of their k nearest training images in l2; ties go to the nearest."""
-    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device)  # 1.1, 1.05, ...: a tie goes to the nearer
+    weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device, dtype=torch.float32)  # 1.1, 1.05, ...: for the ties
     nearest = torch.cat([torch.cdist(part.flatten(1), x_train.flatten(1)).topk(k, largest=False).indices
                          for part in x.split(250)])
     return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
@@ -362,19 +347,14 @@ def evaluate(f, x, y, attacks, x_train, y_train, title):
     lengths of these, infinite where all failed."""
     runs = {name: measure(f, x, y, ATTACKS[name], f"{title} {name}") for name in attacks}
     row = {name: run["rho"] for name, run in runs.items()}
-    row["failed"] = [run["failed"] for run in runs.values()]
-    row["seconds"] = [run["seconds"] for run in runs.values()]
-    smallest = [run["length"] for name, run in runs.items() if name != "paper"]
-    if smallest:
-        worst = torch.stack(smallest).amin(0)
-        row["length"], row["worst"] = worst, mean_rho(x, worst)
-        row["all failed"] = worst.isinf().sum().item()
+    row["failed"] = {name: run["failed"] for name, run in runs.items()}
+    row["seconds"] = {name: run["seconds"] for name, run in runs.items()}
+    lengths = [run["length"] for name, run in runs.items() if name != "paper"]
+    if lengths:
+        row["length"] = torch.stack(lengths).amin(0)
+        row["worst"] = mean_rho(x, row["length"])
         for length in LENGTHS:
-            row[f"at {length} %"] = percent(worst > length)
-        if "ddn" in runs and len(smallest) > 1:
-            found = runs["ddn"]["length"].isfinite()
-            alone = mean_rho(x[found], runs["ddn"]["length"][found])
-            row["shorter than ddn %"] = 100 * (1 - mean_rho(x[found], worst[found]) / alone) if alone > 0 else math.nan
+            row[f"at {length} %"] = 100 * share(row["length"] > length)
     if "paper" in runs:
         row.update(compare_with_neighbours(f, x, y, runs["paper"], x_train, y_train))
     return row
@@ -386,11 +366,15 @@ def compare_with_neighbours(f, x, y, run, x_train, y_train):
     moved = (classify(f, x, y) == y) & run["length"].isfinite()
     x, x_adv, y = x[moved], run["x_adv"][moved], y[moved]
     before, after = (batched_logits(f, images).softmax(1).max(1) for images in (x, x_adv))
-    noise = unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)) * per_image(l2(x_adv - x), x)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
+    noise = unit(noise) * per_image(l2(x_adv - x), x)
     voted, clean, noisy = (vote(images, x_train, y_train) for images in (x_adv, x, x + noise))
-    return {"looks like target %": percent(voted == after.indices), "looks like original %": percent(voted == y),
-            "clean error %": percent(clean != y), "noise: original %": percent(noisy == y), "images": [len(y)],
-            "reached %": percent(after.values >= before.values - 1e-6)}
+    return {"looks like target %": 100 * share(voted == after.indices),
+            "looks like original %": 100 * share(voted == y),
+            "clean error %": 100 * share(clean != y),
+            "noise: original %": 100 * share(noisy == y),
+            "reached %": 100 * share(after.values >= before.values - 1e-6)}
 
 
 # --- Networks and checkpoints -------------------------------------------------------------------------------------
@@ -414,7 +398,8 @@ class ConvPool(nn.Module):
 
 def network(arch, device="cpu"):
     """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
-    f = NETWORKS[arch]()
+    with torch.device("cpu"):  # whatever torch's defaults are
+        f = NETWORKS[arch]().to(torch.float32)
     if arch == "lenet" and torch.device(device).type == "cpu":
         f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
@@ -446,9 +431,11 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     f = network(checkpoint["settings"]["arch"], device)
     f.load_state_dict(checkpoint["f"])
-    info, log = dict(checkpoint["settings"]), checkpoint.get("log")
-    if log and log[-1]["epoch"] < info["epochs"]:
-        info["epochs"] = f"{log[-1]['epoch']} of {info['epochs']}"
+    info = dict(checkpoint["settings"])
+    if "log" in checkpoint:
+        done = checkpoint["log"][-1]["epoch"] if checkpoint["log"] else 0
+        if done < info["epochs"]:
+            info["epochs"] = f"{done} of {info['epochs']}"
     return f.eval(), info
 
 
@@ -463,53 +450,59 @@ PUBLISHED = {  # the paper's values, in this order
     "mlp critic": (1.18, .290, .272, .575, 87.99, 9.86), "lenet critic": (0.93, .288, .278, .590, 92.29, 6.51)}
 
 
+def grouped(rows):
+    """Rows that differ in the seed alone together, each named after its file. ValueError where two are the same."""
+    groups, seen = {}, []
+    for row in rows:
+        settings = row["settings"]
+        if settings in seen:
+            raise ValueError(f"{row['checkpoint']} is given twice, or another file has the same settings and seed")
+        seen.append(settings)
+        name = str(Path(row["checkpoint"]).with_suffix("")).removesuffix(f"-{settings['seed']}")
+        row["name"] = f"{name}, {settings['epochs']} epochs"
+        all_but_the_seed = frozenset({**settings, "seed": None}.items())
+        groups.setdefault(all_but_the_seed, []).append(row)
+    return list(groups.values())
+
+
+def cell(group, name):
+    """The mean of one figure over the rows of a group, ± its standard deviation, and the published value."""
+    values = [row[name] for row in group]
+    digits = 2 if "error" in name else 1 if "%" in name else 3
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(group) > 1:
+        text += f"±{statistics.stdev(values):.{digits}f}"
+    if name in group[0]["published"]:
+        text += f" ({group[0]['published'][name]:.{digits}f})"
+    return text
+
+
 def table(groups, names):
-    """Lines of text, one for each group of rows: its name and seeds, and the figures of these names, the published
-    ones in brackets."""
-    published = {name for group in groups for name in group[0]["published"]}
-    cells = [["", "seeds", *(f"{name} (published)" if name in published else name for name in names)]]
-    for group in groups:
-        cells.append([group[0]["name"], str(len(group))])
-        for name in names:
-            values = torch.tensor([row[name] for row in group], dtype=torch.float64)
-            digits = 2 if "error" in name else 1 if "%" in name else 3
-            cell = f"{values.mean():.{digits}f}"
-            if values.dim() == 2:  # a list, such as a number for each attack: its sums over all seeds
-                cell = "/".join(f"{value:.0f}" for value in values.sum(0))
-            elif len(group) > 1:
-                cell += f"±{values.std():.{digits}f}"
-            if name in group[0]["published"]:
-                cell += f" ({group[0]['published'][name]:.{digits}f})"
-            cells[-1].append(cell)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for name, *others in cells]
+    """Lines of text, one for each group of rows that differ in the seed: its name, and the figures of these names."""
+    rows = [["", "seeds", *names]]
+    rows += [[group[0]["name"], str(len(group)), *(cell(group, name) for name in names)] for group in groups]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for name, *others in rows]
 
 
 def report(groups, attacks, caption):
-    """Lines of text: Table 1, Table 2, and for each checkpoint what DDN alone would have said, as far as the attacks
-    allow."""
+    """Lines of text: Table 1 and Table 2, as far as the attacks allow."""
     smallest = ", ".join(name for name in attacks if name != "paper")
     columns = ["worst", *(f"at {length} %" for length in LENGTHS)] if smallest else []
-    lines = [f"Table 1: test error, and rho on {caption}",
-             *table(groups, ["test error %", *columns, *attacks, "failed", "seconds"]),
-             "rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself, without the images that were not fooled",
-             f"failed (were not fooled) and seconds, by attack, summed over seeds: {'/'.join(attacks)}"]
+    lines = [f"Table 1: test error, and rho on {caption} (published)",
+             *table(groups, ["test error %", *columns, *attacks]),
+             "rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself, without the images that were not fooled"]
     if smallest:
         lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left under "
                      "those of up to length 1.5")
+    for row in (row for group in groups for row in group):
+        lines += [f"{row['checkpoint']}: {count} images were not fooled by {name}: no robustness, this attack failed"
+                  for name, count in row["failed"].items() if count]
     if "paper" in attacks:
-        columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "images",
-                   "reached %"]
+        columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "reached %"]
         lines += ["", f"Table 2: {caption} under the paper's attack; the 5 nearest training images vote for people",
                   *table(groups, columns), "clean error: of this vote on clean images; noise: on random noise of the "
                   "attack's length; reached: within 1e-6 of the clean confidence"]
-    rows = [row for group in groups for row in group if "shorter than ddn %" in row]
-    if rows:
-        lines += ["", f"Masked gradients? {caption}, how much shorter than DDN's alone the smallest perturbations are:"]
-    for row in rows:
-        shorter = row["shorter than ddn %"]
-        line = f"{row['checkpoint']}: {shorter:.1f}%; every attack fails on {row['all failed']} images"
-        lines.append(line + "; DDN alone overstates this network" if shorter > 5 else line)
     return lines
 
 
@@ -518,10 +511,28 @@ def save_json(path, rows, protocol):
     lines = []
     for row in rows:
         text = json.dumps(row, default=torch.Tensor.tolist)
-        finite = json.loads(text, parse_constant=lambda name: None)  # Infinity and NaN, which JSON does not have
-        lines.append(json.dumps(finite))
+        lines.append(json.dumps(json.loads(text, parse_constant=lambda name: None)))  # JSON has no Infinity and NaN
     results = ",\n".join(lines)
     data.replace(path, f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n'.encode())
+
+
+def read_json(paths):
+    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all."""
+    rows, protocols = [], []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            protocols.append(content["protocol"])
+            for row in content["results"]:
+                length = [math.inf if value is None else value for value in row.pop("length", [])]
+                rows.append({name: math.nan if value is None else value for name, value in row.items()})
+                if length:
+                    rows[-1]["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no file of --json ({type(error).__name__}: {error})") from None
+        if protocols[-1] != protocols[0]:
+            raise ValueError(f"{path}: its images or attacks are not those of {paths[0]}")
+    return rows, protocols[0]
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
@@ -556,7 +567,7 @@ def figure_2(f, x, y, x_train, y_train):
     first = (y == digits[:, None]).int().argmax(1)  # the first image of each class
     grid = x[first][original]
     grid[off] = high_confidence_attack(f, grid[off], target[off], 0.95)
-    confidence = batched_logits(f, grid).softmax(1).gather(1, target[:, None]).squeeze(1)
+    confidence = pick(batched_logits(f, grid).softmax(1), target)
     short = off & (confidence < 0.95 - 1e-6)
     alike = vote(grid, x_train, y_train) == target
     grid[short] *= 0.35
@@ -566,11 +577,33 @@ def figure_2(f, x, y, x_train, y_train):
 
 
 def figure_4(f, x, y):
-    """Rows a, b and c by what they show: eight images each, and f's mean confidence in them in percent."""
-    x, y = x[:8], y[:8]
-    rows = {"clean": x, "at the boundary by DDN (the paper: Carlini-Wagner)": ddn(f, x, y),
-            "the paper's attack": paper_attack(f, x, y)}
-    return {shows: (row, 100 * batched_logits(f, row).softmax(1).amax(1).mean().item()) for shows, row in rows.items()}
+    """Three rows of eight images: what each shows, the images, f's mean confidence in them in percent, and how many are
+    dimmed, because f was not fooled."""
+    x, y, rows = x[:8], y[:8], []
+    for shows, row in (("clean", x), ("at the boundary by DDN (the paper: Carlini-Wagner)", ddn(f, x, y)),
+                       ("the paper's attack", paper_attack(f, x, y))):
+        confidence = 100 * batched_logits(f, row).softmax(1).amax(1).mean().item()
+        dimmed = ~fooled(f, row, y) if shows != "clean" else torch.zeros_like(y, dtype=torch.bool)
+        rows.append((shows, torch.where(per_image(dimmed, x), 0.35 * row, row), confidence, dimmed.sum().item()))
+    return rows
+
+
+def draw(folder, networks, x, y, x_train, y_train):
+    """Draws Figures 2 and 4 of each network into the folder, and prints what they show."""
+    right = torch.stack([classify(f, x, y) == y for f in networks.values()]).all(0)
+    some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
+    x, y = x[some], y[some]
+    for name, f in networks.items():
+        path = folder / f"figure2-{name}.png"
+        page, reached, alike = figure_2(f, x, y, x_train, y_train)
+        save_png(path, page)
+        print(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others are "
+              f"dimmed; {alike} of 90 look like their target")
+        for letter, (shows, row, confidence, dimmed) in zip("abc", figure_4(f, x, y)):
+            path = folder / f"figure4-{name}-{letter}.png"
+            save_png(path, tile(row, 8))
+            not_fooled = f"; {dimmed} not fooled, dimmed" if dimmed else ""
+            print(f"{path}: {shows}, mean confidence {confidence:.0f}%{not_fooled}")
 
 
 COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
@@ -589,48 +622,21 @@ def save_svg(path, title, groups):
              '<rect width="640" height="440" fill="white"/>', text(10, 26, title, "start"),
              text(270, 432, "l2 length of the perturbation")]
     parts += [text(70 + 80 * i, 400, f"{i / 2}") for i in range(6)]
-    for share in (0, 25, 50, 75, 100):
-        parts += [line([(70, 375 - 3.2 * share), (470, 375 - 3.2 * share)], "#ddd", 1),
-                  text(60, 382 - 3.2 * share, f"{share}%", "end")]
-    labels = []
-    defenses = [group[0]["settings"]["defense"] for group in groups]
+    for percent in (0, 25, 50, 75, 100):
+        parts += [line([(70, 375 - 3.2 * percent), (470, 375 - 3.2 * percent)], "#ddd", 1),
+                  text(60, 382 - 3.2 * percent, f"{percent}%", "end")]
+    labels, defenses = [], [group[0]["settings"]["defense"] for group in groups]
     for group, defense in zip(groups, defenses):
         length = torch.cat([row["length"] for row in group])
-        points = [(70 + 8 * i, 375 - 3.2 * percent(length > i / 20)) for i in range(51)]
-        colour = COLOURS.get(defense, "grey")
+        points = [(70 + 8 * i, 375 - 320 * share(length > i / 20)) for i in range(51)]
         name = defense if defenses.count(defense) == 1 else group[0]["name"]
-        parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
-        labels.append((points[-1][1], name, colour))
+        parts.append(line(points, COLOURS[defense], 6 if defense == "critic" else 2.5))
+        labels.append((points[-1][1], name, COLOURS[defense]))
     bottom = math.inf
     for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
         bottom = min(y + 7, bottom - 22)
         parts.append(text(478, bottom, name, "start", colour))
     Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
-
-
-def draw(folder, groups, networks, x, y, x_train, y_train, caption):
-    """Draws Figures 2 and 4 of each network, and for each architecture the accuracy of all groups. Lines of text."""
-    lines = []
-    right = torch.stack([classify(f, x, y) == y for f in networks.values()]).all(0)
-    some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
-    x, y = x[some], y[some]
-    for name, f in networks.items():
-        path = folder / f"figure2-{name}.png"
-        page, reached, alike = figure_2(f, x, y, x_train, y_train)
-        save_png(path, page)
-        lines.append(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others "
-                     f"are dimmed; {alike} of 90 look like their target")
-        for letter, (shows, (row, confidence)) in zip("abc", figure_4(f, x, y).items()):
-            path = folder / f"figure4-{name}-{letter}.png"
-            save_png(path, tile(row, 8))
-            lines.append(f"{path}: {shows}, mean confidence {confidence:.0f}%")
-    for arch in NETWORKS:
-        mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
-        if mine:
-            path = folder / f"accuracy-{arch}.svg"
-            save_svg(path, f"{arch}: accuracy under attack, {caption}", mine)
-            lines.append(str(path))
-    return lines
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
@@ -640,8 +646,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
     return parse
@@ -666,7 +671,7 @@ def parse_flags(argv):
     """The command line as argparse has it, with the defaults that depend on the device."""
     parser = argparse.ArgumentParser(description="Attacks trained classifiers and prints Tables 1 and 2.")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=user_path, help="files that train.py "
-                        "wrote, or patterns such as 'runs/*.pt'")
+                        "wrote, or patterns such as 'runs/*.pt'; or files of --json, for the tables of their rows")
     parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
                         "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
     parser.add_argument("--attacks", metavar="NAME,...", help="deepfool: to the closest boundary, step by step; cw: "
@@ -679,98 +684,119 @@ def parse_flags(argv):
     add_data_flags(parser, default=None)
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
-    if args.attacks is None:
-        args.attacks = [name for name in ATTACKS if cuda or name != "cw"]
-    else:
-        args.attacks = list(dict.fromkeys(args.attacks.split(",")))  # each of them once
     args.n = args.n or (10000 if cuda else 500)
+    default = ",".join(name for name in ATTACKS if cuda or name != "cw")
+    args.attacks = list(dict.fromkeys((args.attacks or default).split(",")))  # each of them once
     unknown = {*args.attacks} - {*ATTACKS}
     if unknown:
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
-    if args.figures and args.figures.is_file():
-        parser.error(f"--figures: {args.figures} is a file, expected a folder")
-    if args.json and args.json.suffix != ".json":
-        parser.error(f"--json: {args.json}, expected a name that ends in .json")
+    if args.json and (args.json.suffix != ".json" or args.json.exists() and not args.json.is_file()):
+        parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
     files = []
-    for path in args.checkpoints:  # or a pattern such as runs/*.pt, where the shell has not put the files in its place
+    for path in args.checkpoints:  # or a pattern, where the shell has not put the files in its place
         matches = [] if path.exists() else sorted(glob.glob(str(path)))
         files += [Path(name) for name in matches] or [path]
     args.checkpoints = files
     return args
 
 
+def set_up():
+    """For both scripts: float32 means float32, also in a GPU's convolutions, and a screen takes any letter."""
+    torch.backends.cudnn.allow_tf32 = False
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def load_all(args):
     """The networks and settings of all checkpoints, the data's name and its four tensors. OSError, ValueError."""
     loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
-    all_settings = [settings for _, settings in loaded]
     names = [path.stem for path in args.checkpoints]
-    for path, settings in zip(args.checkpoints, all_settings):
-        if all_settings.count(settings) > 1:
-            raise ValueError(f"{path} is given twice, or another checkpoint has the same settings and seed")
-        if args.figures and names.count(path.stem) > 1:
-            raise ValueError(f"{path}: the pictures of two checkpoints of this name would overwrite each other")
-    trained_on = {settings["data"] for settings in all_settings}
+    if args.figures and len(set(names)) < len(names):
+        raise ValueError("--figures: the pictures of two checkpoints of one name would overwrite each other")
+    trained_on = {settings["data"] for _, settings in loaded}
     if not args.data and len(trained_on) > 1:
         raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
     source = args.data or trained_on.pop()
     if source == "mnist":
         sets = data.load_mnist(args.data_dir)
     else:
-        sets = (*data.stroke_digits(20000, seed=0), *data.stroke_digits(10000, seed=1))
-    if args.figures:  # whether both can be written is known now, not after the last attack
-        args.figures.mkdir(parents=True, exist_ok=True)
-    if args.json:
-        args.json.open("a").close()
-    return loaded, source, sets
+        sets = (*data.drawn_digits(20000, seed=0), *data.drawn_digits(10000, seed=1))
+    return loaded, source, [part.to(args.device) for part in sets]
 
 
 def evaluate_all(args):
     """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
-    loaded, source, sets = load_all(args)
-    x_train, y_train, x, y = (part.to(args.device) for part in (sets[0][10000:], sets[1][10000:], *sets[2:]))
-    order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
-    some, caption = order[:args.n], f"{args.n} {source} test images"
-    protocol = {"images": f"first {args.n} of torch.randperm(10000), seed 0, of the test set of {source}",
-                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks},
-                "device": args.device, "torch": torch.__version__}
-    groups, networks = {}, {}
-    for i, (path, (f, settings)) in enumerate(zip(args.checkpoints, loaded), 1):
-        row = {"name": f"{path.stem.removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs",
-               "checkpoint": str(path), "settings": settings, "published": {},
-               "test error %": 100 * error_rate(f, x, y)}
-        known = PUBLISHED.get(f"{settings['arch']} {settings['defense']}")
-        if known and source == "mnist":
-            row["published"] = dict(zip(PUBLISHED_COLUMNS, known))
-        row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
-        all_but_the_seed = frozenset({**settings, "seed": None}.items())
-        groups.setdefault(all_but_the_seed, []).append(row)
-        networks[path.stem] = f
-        if args.json:  # after each network, so that no interruption loses more than one
-            save_json(args.json, [row for group in groups.values() for row in group], protocol)
-    groups = list(groups.values())
-    print("\n".join(report(groups, args.attacks, caption)), flush=True)
+    loaded, source, (x_train, y_train, x, y) = load_all(args)
+    x_train, y_train = x_train[10000:], y_train[10000:]  # without those held out for validation
+    order = torch.randperm(10000, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(args.device)
+    some = order[:args.n]
+    protocol = {"caption": f"{args.n} {source} test images", "images": "the first of torch.randperm(10000), seed 0",
+                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks}}
+    rows, done = [], []
+    for path, (_, settings) in zip(args.checkpoints, loaded):
+        published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ()) if source == "mnist" else ()
+        rows.append({"checkpoint": str(path), "settings": settings,
+                     "published": dict(zip(PUBLISHED_COLUMNS, published)),
+                     "device": args.device, "torch": torch.__version__})
+    grouped(rows)  # refuses those that are given twice
+    try:
+        for row, (f, _) in zip(rows, loaded):
+            row["test error %"] = 100 * error_rate(f, x, y)
+            title = f"[{len(done) + 1}/{len(rows)}] {row['checkpoint']}"
+            row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, title))
+            done.append(row)
+            if args.json:  # after each network, so that no interruption loses more than one
+                save_json(args.json, done, protocol)
+    finally:
+        if done:
+            show(args, done, protocol)
     if args.figures:
-        pages = draw(args.figures, groups, networks, x[order[:500]], y[order[:500]], x_train, y_train, caption)
-        print("\n".join(pages))
+        networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
+        draw(args.figures, networks, x[order[:500]], y[order[:500]], x_train, y_train)
+
+
+def show(args, rows, protocol):
+    """Prints the tables of these rows, and writes what --json and --figures ask for, as far as rows say it."""
+    groups = grouped(rows)
+    print("\n".join(report(groups, list(protocol["attacks"]), protocol["caption"])), flush=True)
+    if args.json:
+        save_json(args.json, rows, protocol)
+    for arch in NETWORKS:
+        mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
+        if args.figures and mine:
+            path = args.figures / f"accuracy-{arch}.svg"
+            save_svg(path, f"{arch}: accuracy under attack, {protocol['caption']}", mine)
+            print(path)
+
+
+def try_to_write(folder):
+    """OSError where a file in this folder could not be written: now, and not after the last attack."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(100_000))
 
 
 def main(argv=None):
     """The command line; returns the exit status."""
     args = parse_flags(argv)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
+    set_up()
     try:
-        evaluate_all(args)
+        if args.figures:
+            args.figures.mkdir(parents=True, exist_ok=True)
+            try_to_write(args.figures)
+        if args.json:
+            try_to_write(os.path.dirname(os.path.realpath(args.json)))
+        if all(path.suffix == ".json" for path in args.checkpoints):
+            show(args, *read_json(args.checkpoints))
+        else:
+            evaluate_all(args)
     except (OSError, ValueError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = f" {args.json} keeps the networks that were finished." if args.json else ""
-        print(f"\nInterrupted.{kept}", file=sys.stderr)
+        print("\neval.py: interrupted; what is finished stands above, and in the file of --json", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that has no ±
     sys.exit(main())

@@ -1,19 +1,21 @@
 """The tests, in the order of the paper: each against a closed form, a finite difference in float64, a count from the
 paper or an independent recomputation, and at the end the scripts as a user runs them.
 
-    pytest      about three minutes on two cores, no network; a few tests want MNIST's folder in MNIST_DIR
+    pytest      about a minute on one core, no network; a few tests want MNIST's folder in MNIST_DIR
 """
 import copy
+import contextlib
 import csv
 import functools
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import re
-import statistics
+import shlex
 import struct
 import subprocess
 import sys
@@ -29,6 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation  # eval is a builtin
@@ -129,20 +132,6 @@ def test_gradient_penalty():
     assert flat.item() == pytest.approx(1, rel=1e-5) and torch.autograd.grad(flat, D[1].weight)[0].isfinite().all()
 
 
-def test_critic_loss_by_hand():
-    D, x, y, y_adv = linear(K=3), images(2), torch.tensor([0, 1]), torch.tensor([2, 0])
-    lengths = torch.tensor([[3.0], [1.0], [0.5]])  # of its gradients; its logits at x are its biases
-    D[1].bias.data[:], D[1].weight.data[:] = torch.tensor([2.0, -1.0, 0.5]), lengths * torch.eye(64)[:1]
-    x[..., 0] = 0
-    real = (math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2   # -log sigmoid(D_y)
-    fake = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(2))) / 2  # -log(1 - sigmoid(D_y_adv))
-    penalty = ((3 - 1) ** 2 + 0) / 2 + ((0.5 - 1) ** 2 + (3 - 1) ** 2) / 2
-    assert critic_loss(D, x, y, x, y_adv, lambda_grad=0).item() == pytest.approx(real + fake)
-    assert critic_loss(D, x, y, x, y_adv).item() == pytest.approx(real + fake + 10 * penalty)
-    x.requires_grad_()
-    assert torch.autograd.grad(critic_loss(D, x, y, 1 * x, y_adv), x, allow_unused=True) == (None,)  # both detached
-
-
 def test_penalty_is_taken_at_the_images_and_on_the_logits_of_the_loss():
     """A critic that is not linear, with noise: its gradients differ from place to place and from draw to draw."""
     noisy, calls, x, x_adv = nn.Sequential(nn.Flatten(), GaussianNoise(0.5), *smooth()[1:]), [], images(3), images(3)
@@ -156,6 +145,8 @@ def test_penalty_is_taken_at_the_images_and_on_the_logits_of_the_loss():
     torch.set_rng_state(state)
     loss = critic_loss(lambda x: (calls.append(1), noisy(x))[1], x, y, x_adv, y_adv)
     assert loss.item() == pytest.approx(sum(halves).item()) and len(calls) == 2
+    x.requires_grad_()
+    assert torch.autograd.grad(critic_loss(noisy, x, y, 1 * x, y_adv), x, allow_unused=True) == (None,)  # both detached
 
 
 # --- Eq. 5 and Eq. 6 ----------------------------------------------------------------------------------------------
@@ -202,21 +193,6 @@ def test_one_step_of_equation_7_by_hand():
     r_i, p_i, logits = attack_step(f, x, target, 0.9)
     assert r_i.flatten().tolist() == pytest.approx([length * w[0] / n, length * w[1] / n])
     assert p_i.item() == pytest.approx(p) and logits.flatten().tolist() == pytest.approx([z0, z1])
-
-
-def test_attack_on_two_linear_classes_ends_at_the_confidence():
-    """p_1 = C is a hyperplane there, log(C/(1-C)) in logit difference, and the shortest way to it along W_1 - W_0."""
-    f, x, C = linear(K=2), 0.3 + 0.4 * images(20), 0.9
-    f[1].weight.data *= 5  # so that most ends are inside the box
-    target = 1 - f(x).argmax(1)
-    normal = f[1].weight[target] - f[1].weight[1 - target]
-    expected = (math.log(C / (1 - C)) - pick(f(x), target) + pick(f(x), 1 - target)) / normal.norm(dim=1)
-    r = (high_confidence_attack(f, x, target, C, steps=4000, max_step=0.01, overshoot=0.0) - x).flatten(1)
-    inside = (x.flatten(1) + r).min(1).values.gt(0) & (x.flatten(1) + r).max(1).values.lt(1)
-    assert inside.sum() > 2
-    length = r.norm(dim=1)[inside]
-    assert (length >= expected[inside]).all() and (length <= expected[inside] + 0.01).all()
-    assert torch.allclose((r * normal).sum(1)[inside], length * normal.norm(dim=1)[inside])  # parallel
 
 
 def walk(f, x, target, C, frozen=None):
@@ -318,9 +294,18 @@ def test_train_step_by_hand():
     assert not any(part.requires_grad for part in found.values())
 
 
+def test_optimizers_of_other_networks_are_refused():
+    f, D, x, y = smooth(), smooth(), images(12), torch.arange(12) % 5
+    of_f, of_D, of_a_copy = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (f, D, copy.deepcopy(f)))
+    for adam_f, adam_D in ((of_D, of_f), (of_a_copy, of_D), (of_f, of_a_copy)):
+        with pytest.raises(ValueError, match="reaches none of the optimizer's weights"):
+            train_step(f, D, RunningConfidence(5), adam_f, adam_D, x, y, lam=0.5)
+
+
 @pytest.mark.parametrize("defense", ["critic", *train.BASELINES])
-def test_a_step_reads_nothing_back_and_mixes_no_devices(defense):
+def test_a_step_reads_nothing_back_and_mixes_no_devices(monkeypatch, defense):
     """On the meta device there are no values to read; a tensor of another device would be refused."""
+    monkeypatch.setattr(train, "adam", lambda net, lr, **betas: torch.optim.Adam(net.parameters(), lr))  # not fused
     run = train.start(train.parse_flags(["--defense", defense])[1], "meta")
     x, y = torch.rand(10, 1, 28, 28, device="meta"), torch.zeros(10, dtype=torch.int64, device="meta")
     for epoch in ((0, 1) if defense == "critic" else (1,)):
@@ -492,6 +477,8 @@ def test_defaults_are_those_of_the_paper():
 
 
 some_cw, some_ddn = functools.partial(carlini_wagner, steps=400, lr=0.003), functools.partial(ddn, steps=200)
+brief_cw = functools.partial(carlini_wagner, steps=30, search_steps=5, lr=0.05)
+brief_ddn = functools.partial(ddn, steps=100)
 
 
 @pytest.mark.parametrize("method, above", [
@@ -532,18 +519,31 @@ def test_deepfool_image_by_image(max_step):
     assert torch.allclose(deepfool(f, x, y, max_step=max_step), torch.stack(expected), rtol=0, atol=1e-9)
 
 
-def test_first_step_of_carlini_wagner_is_adams():
-    """With its bias corrected, Adam's first step is lr times the sign of the gradient; that of the loss at x is
-    c (W_y - W_k), as |x_adv - x|^2 has none there."""
-    f, x, seen = linear(K=2), 0.2 + 0.6 * images(5), []
-    f[1].weight.data[0] = f[1].weight.data[0].sign()
-    f[1].weight.data[1] = -f[1].weight.data[0]
-    y = f(x).argmax(1)
-    carlini_wagner(lambda x: (seen.append(x), f(x))[1], x, y, steps=2, search_steps=1)
-    w_0 = (0.999999 * (2 * x - 1)).atanh()
-    slope = (f[1].weight[y] - f[1].weight[1 - y]).sign().view_as(x)
-    assert torch.allclose(seen[1], (w_0.tanh() + 1) / 2) and torch.allclose(
-        seen[2], ((w_0 - 0.01 * slope).tanh() + 1) / 2, rtol=0, atol=1e-4)
+def test_carlini_wagner_image_by_image():
+    """Adam by hand, and of each image the shortest that any step of any search found."""
+    f, x = smooth(), images(6).round() * 0.8
+    y, expected = f(x).argmax(1), []
+    for image, label in zip(x, y):
+        low, c, high, best = 0, 1e-3, math.inf, None
+        for _ in range(6):
+            w, m, v, found = (0.999999 * (2 * image - 1)).atanh(), 0, 0, False
+            for i in range(1, 41):
+                w = w.detach().requires_grad_()
+                x_i = (w.tanh() + 1) / 2
+                z = f(x_i[None])[0]
+                gap = z[label] - max(z[k] for k in range(5) if k != label)
+                grad, = torch.autograd.grad((x_i - image).square().sum() + c * max(gap, 0 * gap), w)
+                if gap < 0:
+                    found = True
+                    if best is None or (x_i - image).norm() < (best - image).norm():
+                        best = x_i.detach()
+                m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad ** 2
+                w = w - 0.05 * (m / (1 - 0.9 ** i)) / ((v / (1 - 0.999 ** i)).sqrt() + 1e-8)
+            low, high = (low, c) if found else (c, high)
+            c = 10 * c if high == math.inf else (low + high) / 2
+        expected.append(image if best is None else best)
+    x_adv = carlini_wagner(f, x, y, steps=40, search_steps=6, lr=0.05)
+    assert torch.allclose(x_adv, torch.stack(expected), rtol=0, atol=1e-6) and (f(x_adv).argmax(1) != y).any()
 
 
 def test_ddn_image_by_image():
@@ -610,7 +610,7 @@ def test_attacks_on_black_and_white_pixels_and_on_a_classifier_that_is_sure():
     f, x = linear().float(), images(20).float().round()
     f[1].weight.data *= 1000  # p_y is 1 in float32, and the gradient of log p_y is 0
     y = f(x).argmax(1)
-    for method in (deepfool, carlini_wagner, some_ddn):
+    for method in (deepfool, functools.partial(carlini_wagner, steps=200, lr=0.05), some_ddn):
         x_adv = method(f, x, y)
         assert (f(x_adv).argmax(1) != y).all() and x_adv.min() >= 0 and x_adv.max() <= 1
 
@@ -621,9 +621,9 @@ def to_closest(f, x, y, method=attack):
     return method(f, x, closest_class(f, x, y), 0.9)
 
 
-EVERY_ATTACK = [to_closest, functools.partial(to_closest, method=high_confidence_attack), deepfool, some_cw,
-                paper_attack, some_ddn]
-every_attack = pytest.mark.parametrize("method", EVERY_ATTACK)
+every_attack = pytest.mark.parametrize("method", [
+    to_closest, functools.partial(to_closest, method=high_confidence_attack), deepfool, paper_attack, brief_ddn,
+    brief_cw])
 
 
 @every_attack
@@ -652,9 +652,9 @@ def test_no_side_effects_and_no_need_of_gradients(method, device):
     assert all(weight.grad is None for weight in f.parameters()) and f.training and torch.is_grad_enabled()
     assert [weight.requires_grad for weight in f.parameters()] == [False, False, True, True]
     with torch.no_grad():
-        assert torch.allclose(method(f, x, y), x_adv, rtol=0, atol=1e-9)
+        assert torch.allclose(method(f, x, y), x_adv, rtol=0, atol=1e-6)  # cuDNN may add up in another order
     with torch.inference_mode():
-        assert torch.allclose(method(f, x * 1, y * 1), x_adv, rtol=0, atol=1e-9)
+        assert torch.allclose(method(f, x * 1, y * 1), x_adv, rtol=0, atol=1e-6)
 
 
 # --- What people hand in: the right number or a ValueError --------------------------------------------------------
@@ -671,15 +671,17 @@ def pixels(*values, dtype=torch.float32):
 
 
 Y = torch.tensor([0])
-SMALLEST = [deepfool, carlini_wagner, ddn, paper_attack]
+SMALLEST = [deepfool, brief_cw, brief_ddn, paper_attack]
 
 
-@pytest.mark.parametrize("method", [deepfool, carlini_wagner, ddn, paper_attack])
+@pytest.mark.parametrize("method", SMALLEST)
 @pytest.mark.parametrize("x, y, says", [
     (pixels(1.000001, 0.5), Y, r"x: values from 0\.5 to 1\.000001, expected .* \[0,1\]"),
     (pixels(0.5, -0.42), Y, r"x: values from -0\.42"),
     (pixels(math.nan, 0.5), Y, "x: values from nan"),
     (pixels(200, 3, dtype=torch.uint8), Y, r"x: torch\.uint8"),
+    ([[[[1.0, 0.5]]]], Y, "x: list, expected floating-point images"),
+    (pixels(1.0, 0.5), [0], "y: list, expected integers"),
     (torch.rand(3), Y, r"x: torch\.float32 of shape \(3,\)"),
     (pixels(1.0, 0.5), torch.tensor([[0]]), r"y: torch\.int64 of shape \(1, 1\), expected integers of shape \(1,\)"),
     (pixels(1.0, 0.5), torch.tensor([0.0]), r"y: torch\.float32"),
@@ -692,63 +694,66 @@ def test_wrong_images_and_labels_are_refused(method, x, y, says):
 
 
 @pytest.mark.parametrize("net, says", [
-    (lambda x: x.flatten(1)[:, :1], r"logits of shape \(1, 1\), expected \(1, K\) with K >= 2"),
-    (lambda x: x.flatten(), r"logits of shape \(2,\)"),
+    (lambda x: x.flatten(1)[:, :1], r"logits: .* of shape \(1, 1\), expected a tensor \(1, K\) with K >= 2"),
+    (lambda x: x.flatten(), r"logits: .* of shape \(2,\)"),
     (lambda x: (x.flatten(1),), "logits: tuple, expected a tensor"),
     (lambda x: x.flatten(1) / 0, "f: its logits at x are not finite"),
+    (lambda x: (x - 0.5).sqrt().flatten(1), "f: the gradient of its logits at x is not finite"),
+    (lambda x: x.detach().flatten(1).requires_grad_(), "f: its logits have no gradient"),
     (lambda x: x.detach().flatten(1), "f: its logits have no gradient")])
 def test_wrong_networks_are_refused(net, says):
-    for method in SMALLEST:
+    x, calls = pixels(1.0, 0.5), [*SMALLEST]
+    if says.startswith("logits"):  # advcritic.checked, everywhere
+        calls += [closest_class, evaluation.error_rate, *train.BASELINES.values(),
+                  lambda f, x, y: attack(f, x, y, 0.9), lambda f, x, y: critic_loss(f, x, y, x, y),
+                  lambda f, x, y: classifier_loss(f, plane(), x, y, x, lam=1)]
+    for call in calls:
         with pytest.raises(ValueError, match=says):
-            method(net, pixels(1.0, 0.5), Y)
-    if "shape" in says or "tuple" in says:
-        for call in (lambda: closest_class(net, pixels(1.0, 0.5), Y), lambda: attack(net, pixels(1.0, 0.5), Y, 0.9),
-                     lambda: evaluation.error_rate(net, pixels(1.0, 0.5), Y),
-                     lambda: critic_loss(net, pixels(1.0, 0.5), Y, pixels(1.0, 0.5), Y),
-                     lambda: classifier_loss(net, plane(), pixels(1.0, 0.5), Y, pixels(1.0, 0.5), lam=1),
-                     *(functools.partial(loss, net, pixels(1.0, 0.5), Y) for loss in train.BASELINES.values())):
-            with pytest.raises(ValueError, match=says):
-                call()
+            call(net, x, Y)
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda f, x: attack(f, x, Y, confidence=0.0), r"confidence 0\.0, expected a probability in \(0,1\]"),
-    (lambda f, x: attack(f, x, Y, confidence=1.5), "confidence 1.5"),
-    (lambda f, x: attack(f, x, Y, confidence=torch.ones(1, 1)), r"confidence of shape \(1, 1\)"),
-    (lambda f, x: high_confidence_attack(f, x, Y, confidence=math.nan), "confidence nan"),
+    (lambda f, x: attack(f, x, Y, confidence=1.5), r"confidence: 1\.5, expected a probability in \(0,1\]"),
+    (lambda f, x: attack(f, x, Y, confidence=torch.ones(1, 1)), r"confidence: .* of shape \(1, 1\)"),
+    (lambda f, x: high_confidence_attack(f, x, Y, confidence=math.nan), "confidence: nan"),
     (lambda f, x: high_confidence_attack(f, x, Y, torch.tensor([0.0])), "confidence: values from 0 to 0"),
     (lambda f, x: high_confidence_attack(f, x, target=Y + 2, confidence=0.9), "target: values from 2"),
     (lambda f, x: attack(f, x, Y[:, None], 0.9), r"target: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: closest_class(f, x, Y[:, None]), r"label: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: closest_class(f, x, Y.float()), r"label: torch\.float32"),
     (lambda f, x: classifier_loss(f, f, x, Y[:, None], x, lam=1), r"y: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: critic_loss(f, x, Y, x, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16, expected .* float32"),
-    (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv of shape \(1, 1, 2\)"),
-    (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x: shape \(1, 1, 1, 2\), x_adv: \(1, 1, 2\)"),
-    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.squeeze(1)), r"method: returned shape \(1, 1, 2\)"),
+    (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16 .*, expected .* float32"),
+    (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv: .* of shape \(1, 1, 2\)"),
+    (lambda f, x: attack(f, x, [0], 0.9), "target: list, expected a tensor"),
+    (lambda f, x: attack(f, x.tolist(), Y, 0.9), "x: list, expected images"),
+    (lambda f, x: closest_class(f, x.tolist(), Y), "x: list"),
+    (lambda f, x: uniform_class(f, x, [0]), "label: list"),
+    (lambda f, x: critic_loss(f, x, Y, x.tolist(), Y), "x_adv: list"),
+    (lambda f, x: classifier_loss(f, f, x, Y, x.tolist(), lam=1), "x_adv: list"),
+    (lambda f, x: train_step(f, f, None, None, None, x.tolist(), Y, lam=1), "x: list"),
+    (lambda f, x: train.vat(f, x, 0), "y: int"),
+    (lambda f, x: evaluation.error_rate(f, x.tolist(), Y), "x: list"),
+    (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x_adv: .* of shape \(1, 1, 2\), expected the shape of x"),
+    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.squeeze(1)), r"method: .* of shape \(1, 1, 2\)"),
     (lambda f, x: evaluation.measure(f, 255 * x, Y, lambda f, x, y: x), "x: values from 127.5 to 255"),
-    (lambda f, x: evaluation.measure(f, x, Y + 7, lambda f, x, y: x), "y: values from 7"),
     (lambda f, x: evaluation.save_png("page.png", x), r"page: torch\.float32 of shape"),
-    (lambda f, x: evaluation.error_rate(f, x, Y[:, None]), r"y: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: RunningConfidence(3).update(f(x)), r"logits of shape \(1, 2\), expected \(N, 3\)"),
+    (lambda f, x: evaluation.error_rate(f, x, Y + 7), "y: values from 7"),
+    (lambda f, x: RunningConfidence(3).update(f(x)), r"logits: .* of shape \(1, 2\), expected a tensor \(N, 3\)"),
 ])
 def test_what_else_is_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call(plane(), pixels(1.0, 0.5))
 
 
-@pytest.mark.parametrize("method", [deepfool, carlini_wagner, ddn])
+@pytest.mark.parametrize("method", [deepfool, functools.partial(carlini_wagner, steps=100, lr=0.05), some_ddn])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_right_length_in_every_precision(method, dtype):
     f, x = plane(dtype), pixels(1.0, 0.5, dtype=dtype)
-    x_adv = method(f, x, Y)
+    x_adv = method(lambda x: f(x).double(), x, Y.int())  # logits of any floating-point type, labels of any integer type
     assert x_adv.dtype == dtype and f(x_adv).argmax(1) == 1
-    length = evaluation.measure(f, x, Y, method)["length"].item()
+    length = evaluation.measure(f, x, Y, lambda f, x, y: x_adv)["length"].item()
     assert length == pytest.approx(0.5 / 2 ** 0.5, rel=0.05)
     assert evaluation.rho(x, x_adv).item() == pytest.approx(length / 1.25 ** 0.5)
-    assert method(f, x, Y.int()).equal(x_adv)  # labels may be of any integer type
-    assert torch.allclose(method(lambda x: f(x).double(), x, Y), x_adv, rtol=0.01)  # and logits of any floating-point
 
 
 def test_an_f_that_works_in_place():
@@ -769,12 +774,60 @@ def test_an_image_that_f_does_not_classify_is_not_fooled(beyond):
     assert evaluation.error_rate(g, torch.cat([x, x / 2]), torch.tensor([1, 1])) == 0.5  # no class is an error
 
 
-def test_a_class_that_cannot_be_reached():
-    f = nn.Sequential(plane(), nn.Linear(2, 3))
-    f[1].weight.data[:], f[1].bias.data[:] = torch.eye(3)[:, :2], torch.tensor([0, 0, -math.inf])
-    x = torch.cat([pixels(1.0, 0.5), pixels(0.9, 0.5)])
-    x_adv = high_confidence_attack(f, x, torch.tensor([2, 1]), 0.9, steps=50)
-    assert torch.equal(x_adv[0], x[0]) and f(x_adv).argmax(1)[1] == 1
+def test_what_fails_is_counted():
+    x, y = pixels(0.2, 1.0), torch.tensor([1])
+    cases = [(lambda x: 0 * x.flatten(1) + torch.tensor([0.0, 1.0]), method) for method in SMALLEST]  # without gradient
+    for outside in ((1.7, 1.0), (0.2, -0.3), (math.nan, 0.5)):  # another class, but no image
+        cases.append((plane(), lambda f, x, y, outside=outside: pixels(*outside)))
+    for f, method in cases:
+        figures = evaluation.measure(f, x, y, method)
+        assert figures["failed"] == 1 and figures["length"].isinf() and math.isnan(figures["rho"])
+
+
+def test_an_attack_that_loses_its_gradient_stays_an_image():
+    """The root has no derivative at 0, where the first step ends."""
+    x_adv = high_confidence_attack(lambda x: x.sqrt().flatten(1), pixels(0.01, 0.9), Y + 1, 0.99, max_step=None)
+    assert x_adv.isfinite().all() and x_adv.min() == 0
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on a device that has none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        assert not isinstance(found, torch.Tensor) or found.dtype != torch.float64, function
+        return found
+
+
+def test_measuring_needs_no_float64():
+    x = 0.3 + 0.4 * images(12).float()
+    f, y = linear().float(), torch.arange(12) % 5
+    with NoFloat64():
+        row = evaluation.evaluate(f, x, y, ["deepfool", "paper"], x, y, "")
+        assert 0 < evaluation.error_rate(f, x, y) < 1 and 0 < row["worst"] < 1
+
+
+@contextlib.contextmanager
+def other_defaults():
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_data_and_networks_do_not_depend_on_the_defaults_of_torch(small, tmp_path):
+    for name, content in small[0].items():
+        (tmp_path / name).write_bytes(content)
+    expected = (*data.load_mnist(tmp_path), *data.drawn_digits(20, 3))
+    with other_defaults():
+        found = (*data.load_mnist(tmp_path), *data.drawn_digits(20, 3))
+        f, run = evaluation.network("lenet"), train.start(train.parse_flags([])[1], "cpu")
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
+    for net in (f, run.f, run.D, run.confidence):
+        assert all((w.dtype, w.device.type) == (torch.float32, "cpu") for w in net.state_dict().values())
 
 
 def test_memory_does_not_grow_with_the_number_of_classes():
@@ -799,11 +852,11 @@ def test_rho_and_what_is_left_out_of_its_mean():
     f, x = linear(), images(6)
     x[5] = 0
     x_adv, y = x.clone(), f(x).argmax(1)
-    y[0] = (y[0] + 1) % 5                        # wrong by itself: 0
+    x_adv[0] = x[1]                              # an attack that moves what is wrong already: 0 all the same
+    y[0] = (y[0] + 1) % 5
     for i in (1, 2):                             # fooled; the attack fails at 3, 4 and 5
-        x_adv[i] += 100 * (f[1].weight[(y[i] + 1) % 5] - f[1].weight[y[i]]).detach().view(1, 8, 8)
-    assert (f(x_adv).argmax(1) != y).tolist() == [True] * 3 + [False] * 3
-    x_adv[0] += 1e-4                             # an attack that moves what is wrong already counts 0 all the same
+        x_adv[i] = ((f[1].weight[(y[i] + 1) % 5] - f[1].weight[y[i]]) > 0).view(1, 8, 8)
+    assert (f(x_adv).argmax(1) != y).tolist()[1:] == [True] * 2 + [False] * 3
     figures = evaluation.measure(f, x, y, lambda f, x, y: x_adv)
     assert figures["rho"] == pytest.approx(sum((x_adv - x)[i].norm() / x[i].norm() for i in (1, 2)).item() / 3)
     assert figures["failed"] == 3 and evaluation.error_rate(f, x, y) == pytest.approx(1 / 6)
@@ -826,19 +879,15 @@ def test_what_the_tables_say():
     row = evaluation.evaluate(f, x, y, ["deepfool", "paper", "ddn"], x.repeat(5, 1, 1, 1), y.repeat(5), "")
     assert row["worst"] == pytest.approx((distance / x.flatten(1).norm(dim=1)).mean().item(), rel=0.02)
     assert torch.allclose(row["length"], distance, rtol=0.05) and (row["length"] >= distance).all()
-    for length in (1.0, 1.25, 1.5):
-        assert row[f"at {length} %"] == pytest.approx(100 * (distance > length).double().mean().item(), abs=4)
-    assert 10 < row["at 1.5 %"] < row["at 1.25 %"] < 100
-    assert row["paper"] > row["deepfool"] >= row["worst"] <= row["ddn"] and 0 <= row["shorter than ddn %"] < 2
-    assert row["failed"] == [0, 0, 0] and row["all failed"] == 0
+    assert row["paper"] > row["deepfool"] >= row["worst"] <= row["ddn"] and set(row["failed"].values()) == {0}
     assert [row[name] for name in ("looks like target %", "looks like original %", "clean error %", "noise: original %",
-                                   "reached %")] == [0, 100, 0, 100, 100] and row["images"] == [29]
+                                   "reached %")] == [0, 100, 0, 100, 100]
     for voted, expected in ((1 - y, [100, 0]), (torch.full_like(y, 2), [0, 0])):  # the target, and neither class
         row = evaluation.evaluate(f, x, y, ["paper"], x.repeat(5, 1, 1, 1), voted.repeat(5), "")
         assert [row["looks like target %"], row["looks like original %"]] == expected
     f[1].weight.data *= 0  # no attack moves an image
     row = evaluation.evaluate(f, x, y, ["deepfool", "paper", "ddn"], x, y, "")
-    assert row["all failed"] > 0 and row["length"].isinf().any() and math.isnan(row["looks like target %"])
+    assert row["length"].isinf().any() and math.isnan(row["looks like target %"])
 
 
 def test_worst_is_of_all_attacks_but_the_papers(monkeypatch):
@@ -849,22 +898,33 @@ def test_worst_is_of_all_attacks_but_the_papers(monkeypatch):
     monkeypatch.setattr(evaluation, "measure", lambda f, x, y, method, title: dict(
         length=found[method], rho=0.5, failed=1, seconds=2.0))
     row = evaluation.evaluate(None, torch.ones(4, 1, 2, 2), None, list(lengths), None, None, "")
-    assert row["length"].tolist() == pytest.approx([2.0, 1.1, 1.3, math.inf]) and row["all failed"] == 1
+    assert row["length"].tolist() == pytest.approx([2.0, 1.1, 1.3, math.inf])
     assert row["worst"] == pytest.approx((2 + 1.1 + 1.3) / 3 / 2)  # each image's norm is 2
     assert [row[f"at {length} %"] for length in (1.0, 1.25, 1.5)] == [100, 75, 50]
-    assert row["shorter than ddn %"] == pytest.approx(100 * (1 - (2 + 1.1) / (4 + 2)))
 
 
 def test_a_table_of_two_seeds():
-    rows = [{"name": "net, 3 epochs", "checkpoint": path, "published": {"test error %": 0.9, "paper": 0.3},
-             "test error %": error, "worst": worst, "at 1.0 %": 50, "at 1.25 %": 40, "at 1.5 %": 30, "ddn": worst,
-             "cw": 0.5, "failed": [0, 1], "seconds": [1.2, 3.4], "all failed": 0, "shorter than ddn %": shorter}
-            for path, error, worst, shorter in (("a.pt", 1.0, 0.2, 1.0), ("b.pt", 2.0, 0.3, 5.1))]
+    rows = [{"name": "net, 3 epochs", "checkpoint": path, "published": {"test error %": 0.9}, "test error %": error,
+             "worst": worst, "at 1.0 %": 50, "at 1.25 %": 40, "at 1.5 %": 30, "ddn": worst, "cw": 0.5,
+             "failed": {"cw": 0, "ddn": failed}}
+            for path, error, worst, failed in (("a", 1.0, 0.2, 0), ("b", 2.0, 0.3, 7))]
     lines = evaluation.report([rows], ["cw", "ddn"], "30 images")
     assert lines[1].index("test error") < lines[1].index("worst") < lines[1].index("cw")
-    for cell in ("net, 3 epochs", "1.50±0.71 (0.90)", "0.250±0.071", "0/2", "2/7"):
-        assert cell in lines[2]
-    assert [line for line in lines if "overstates" in line] == [line for line in lines if line.startswith("b.pt: 5.1%")]
+    assert "net, 3 epochs" in lines[2] and "1.50±0.71 (0.90)" in lines[2] and "0.250±0.071" in lines[2]
+    assert [line for line in lines if line.startswith("b: ")] == [
+        "b: 7 images were not fooled by ddn: no robustness, this attack failed"]
+
+
+def test_rows_that_differ_have_names_that_differ():
+    def named(*runs):
+        return [[row["name"] for row in group] for group in evaluation.grouped([
+            {"checkpoint": path, "settings": {"defense": defense, "seed": seed, "epochs": 9}}
+            for path, defense, seed in runs])]
+    assert named(("critic/model.pt", "critic", 0), ("at/model.pt", "at", 0)) == [
+        ["critic/model, 9 epochs"], ["at/model, 9 epochs"]]
+    assert named(("at-0.pt", "at", 0), ("at-1.pt", "at", 1)) == [["at, 9 epochs", "at, 9 epochs"]]
+    with pytest.raises(ValueError, match="b.pt is given twice, or another"):
+        named(("a.pt", "at", 0), ("b.pt", "at", 0))
 
 
 def test_json_has_null_for_what_is_no_finite_number(tmp_path):
@@ -875,20 +935,39 @@ def test_json_has_null_for_what_is_no_finite_number(tmp_path):
         "results": [{"length": [0.5, None], "rho": None, "failed": [1]}, {"name": "b", "rho": 0.25}]}
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nobody_elses_part(tmp_path, monkeypatch):
+def test_rows_of_several_files_come_together(tmp_path, capsys, monkeypatch):
+    rows = [{"checkpoint": f"{defense}.pt", "settings": {"arch": "lenet", "defense": defense, "seed": 0, "epochs": 9},
+             "published": {}, "test error %": 1.5, "worst": math.nan, "deepfool": 0.25, "failed": {"deepfool": 1},
+             "length": torch.tensor([0.5, math.inf]), **{f"at {length} %": 50.0 for length in evaluation.LENGTHS}}
+            for defense in ("critic", "pgd")]
+    protocol = {"caption": "2 mnist test images", "images": "the first", "attacks": {"deepfool": "..."}}
+    monkeypatch.chdir(tmp_path)
+    for name, some in (("a.json", rows[:1]), ("b.json", rows[1:]), ("both.json", rows)):
+        evaluation.save_json(Path(name), some, protocol)
+    assert evaluation.main(["a.json", "b.json", "--json", "joined.json", "--figures", "pictures"]) == 0
+    said = capsys.readouterr().out
+    assert "critic, 9 epochs" in said and "pgd, 9 epochs" in said and "critic.pt: 1 images were not fooled" in said
+    found, expected = (json.loads(Path(name).read_text()) for name in ("joined.json", "both.json"))
+    assert [{k: v for k, v in row.items() if k != "name"} for row in found["results"]] == expected["results"]
+    assert found["protocol"] == protocol and Path("pictures/accuracy-lenet.svg").exists()
+    evaluation.save_json(Path("c.json"), rows[1:], {**protocol, "images": "others"})
+    Path("d.json").write_text('{"results": 3}')
+    for files, says in ((["a.json", "c.json"], "c.json: its images"), (["a.json", "both.json"], "critic.pt is given"),
+                        (["d.json"], "d.json is no file of --json"), (["e.json"], "e.json")):
+        assert evaluation.main(files) == 2 and says in capsys.readouterr().err
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     evaluation.save_json(tmp_path / "all.json", [{"rho": 0.25}], {})
-    before, real, written = (tmp_path / "all.json").read_bytes(), Path.write_bytes, []
+    before, real = (tmp_path / "all.json").read_bytes(), Path.write_bytes
 
     def full(path, content):
-        written.append(path)
         real(path, content[:5])
         raise OSError("no space left")
     monkeypatch.setattr(Path, "write_bytes", full)
-    for _ in range(2):
-        with pytest.raises(OSError, match="no space"):
-            evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
+    with pytest.raises(OSError, match="no space"):
+        evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
-    assert written[0] != written[1]  # two runs that write one file at once, also of two containers with one process id
 
 
 def test_png(tmp_path):
@@ -932,9 +1011,12 @@ def test_figures_2_and_4(monkeypatch):
     assert cells[3, 5, :4].eq(0).all() and cells[3, 5].max() > 0.5
     assert cells[3, 9].max() <= 0.35 and cells[9, 3].max() > 0.5  # dimmed where it fails, and only there
     f[1].bias.data[9] = 0
-    (a, clean), (b, boundary), (c, high) = evaluation.figure_4(f, x, y).values()
+    (_, a, clean, _), (_, b, boundary, _), (_, c, high, dimmed) = evaluation.figure_4(f, x, y)
     assert torch.equal(a, x[:8]) and (f(b).argmax(1) != y[:8]).all() and (f(c).argmax(1) != y[:8]).all()
-    assert clean > 90 > 70 > boundary and high == pytest.approx(clean, abs=3)
+    assert clean > 90 > 70 > boundary and high == pytest.approx(clean, abs=3) and dimmed == 0
+    f[1].weight.data *= 0  # no gradient: nothing is fooled, and no picture may say so
+    assert [(torch.equal(row, x[:8]), dimmed) for _, row, _, dimmed in evaluation.figure_4(f, x, 0 * y)] == [
+        (True, 0), (False, 8), (False, 8)]
     page = evaluation.tile(a, 4)
     assert page.shape == (2 * 56, 4 * 56) and torch.equal(page[56:112:2, :56:2], a[4, 0])
 
@@ -975,20 +1057,13 @@ def test_files_are_found_and_parsed(small, tmp_path, where, ending):
         (x_train[:, 0] * 255, y_train, x_test[:, 0] * 255, y_test), tensors))
 
 
-BROKEN = {
-    "truncated": (lambda c: c[:-5], "bytes, expected"),
-    "one bit flipped": (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "SHA-256"),
-    "gzip truncated": (lambda c: gzip.compress(c)[:-9], "archive is broken"),
-    "labels for images": (lambda c: idx(torch.arange(6)), "neither gzip nor IDX of 3 dimensions"),
-    "test for train": (lambda c: idx(torch.zeros(3, 4, 4).int()), "shape"),
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_broken_files_are_refused_by_name(small, tmp_path, how):
-    (name, content), (breaking, message) = next(iter(small[0].items())), BROKEN[how]
+@pytest.mark.parametrize("breaking, says", [
+    (lambda c: c[:-5], "bytes, beginning with"), (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "expected the published 112"),
+    (lambda c: gzip.compress(c)[:-9], "archive is broken"), (lambda c: b"<html>log in", "<html>")])
+def test_broken_files_are_refused_by_name(small, tmp_path, breaking, says):
+    name, content = next(iter(small[0].items()))
     (tmp_path / name).write_bytes(breaking(content))
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not MNIST's {name}: ") + f".*{message}"):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not MNIST's {name}: ") + f".*{says}"):
         data.load_mnist(tmp_path, mirrors=())
 
 
@@ -1005,13 +1080,13 @@ def test_download(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.load_mnist, "__defaults__", (None, bad))
     assert train.main(["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "run.pt")]) == 2
     error = capsys.readouterr().err
-    for part in ("none", "No such file", "neither gzip nor IDX", "more than", "--data strokes", *bad):
+    for part in ("none", "No such file", "<html>", "expected the published", "--data drawn", *bad):
         assert part in error
     assert len(error.splitlines()) <= 10 and not (tmp_path / "none").exists()
 
 
-def test_stroke_digits():
-    (x, y), again, (x_other, _) = (data.stroke_digits(300, seed) for seed in (3, 3, 4))
+def test_drawn_digits():
+    (x, y), again, (x_other, _) = (data.drawn_digits(300, seed) for seed in (3, 3, 4))
     assert x.shape == (300, 1, 28, 28) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
     assert y.dtype == torch.int64 and y.unique().tolist() == list(range(10))
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, x_other)
@@ -1019,15 +1094,24 @@ def test_stroke_digits():
 
 # --- Checkpoints and the scripts, as a user runs them -------------------------------------------------------------
 
-TINY = ["--data", "strokes", "--train-images", "200", "--device", "cpu"]
-GOOD = {"settings": {"arch": "lenet", "data": "strokes", "defense": "critic", "epochs": 1, "seed": 0}}
-drawn = functools.lru_cache(data.stroke_digits)
+REFERENCE = ["--arch", "mlp", "--defense", "reference", "--epochs", "1"]
+TINY = ["--data", "drawn", "--train-images", "100", "--device", "cpu"]
+BRIEF = ["--n", "3", "--attacks", "deepfool", "--device", "cpu"]
+GOOD = {"settings": {"arch": "mlp", "data": "drawn", "defense": "critic", "epochs": 1, "seed": 0}}
+drawn = functools.lru_cache(data.drawn_digits)
+
+
+def tiny():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
 
 
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
-    """For train.main and eval.main in this process: a folder of their own, and digits that are drawn only once."""
-    monkeypatch.setattr(data, "stroke_digits", drawn)
+    """For train.main and eval.main in this process: a folder of their own, digits that are drawn only once, and small
+    networks."""
+    monkeypatch.setattr(data, "drawn_digits", drawn)
+    monkeypatch.setitem(evaluation.NETWORKS, "mlp", tiny)
+    monkeypatch.setattr(train, "critic", lambda: nn.Sequential(*tiny(), GaussianNoise(0.5)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -1045,29 +1129,25 @@ def run_script(*command, folder, **environment):
 
 def test_scripts_end_to_end(tmp_path):
     """The two scripts as subprocesses: a clean screen, the files where they are said to be, the tables."""
-    names = ["mlp-critic-quick-strokes-0", "mlp-critic-quick-strokes-1"]
-    for name in names:
-        done = run_script(HERE / "train.py", "--arch", "mlp", "--quick", "--epochs", "1", "--seed", name[-1], *TINY,
-                          folder=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"{name}.pt" in done.stdout and torch.__version__ in done.stdout and f"seed={name[-1]}" in done.stdout
-        assert [row["epoch"] for row in log_of(tmp_path / f"runs/{name}.csv")] == ["0", "1"]
-    assert {path.name for path in tmp_path.rglob("*.*")} == {
-        name + ending for name in names for ending in (".pt", ".csv")}
-
-    done = run_script(HERE / "eval.py", "runs/*.pt", "--n", "10", "--device", "cpu", "--json", "all.json",
-                      folder=tmp_path, PYTHONIOENCODING="ascii")  # no shell: eval.py expands the pattern
+    name = "lenet-critic-quick-drawn-0"
+    done = run_script(HERE / "train.py", "--arch", "lenet", "--quick", "--epochs", "1", *TINY, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    rows = json.loads((tmp_path / "all.json").read_text())["results"]
-    assert [Path(row["checkpoint"]).stem for row in rows] == names and len(rows[1]["length"]) == 10
-    mean = (rows[0]["worst"] + rows[1]["worst"]) / 2
-    assert f"{mean:.3f}?" in done.stdout  # ? for ±, which ASCII has not
-    assert "(0.131)" not in done.stdout and "10 strokes test images" in done.stdout
+    assert f"{name}.pt" in done.stdout and torch.__version__ in done.stdout and "seed=0" in done.stdout
+    assert [row["epoch"] for row in log_of(tmp_path / f"runs/{name}.csv")] == ["0", "1"]
+    assert {path.name for path in tmp_path.rglob("*.*")} == {f"{name}.pt", f"{name}.csv"}
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == [str(HERE / "eval.py"), f"runs/{name}.pt"]
+
+    done = run_script(HERE / "eval.py", "runs/*.pt", *BRIEF, "--json", "all.json",
+                      folder=tmp_path)  # no shell: eval.py expands the pattern
+    assert (done.returncode, done.stderr) == (0, "")
+    row, = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert Path(row["checkpoint"]).stem == name and len(row["length"]) == 3 and f"{row['worst']:.3f}" in done.stdout
+    assert "(0.288)" not in done.stdout and "3 drawn test images" in done.stdout
 
 
 def test_what_is_evaluated(scripts, monkeypatch):
     """The error over the whole test set, attacks on the first n of one permutation, the vote by what is trained on."""
-    torch.save({**GOOD, "f": lenet().state_dict()}, "net.pt")
+    torch.save({**GOOD, "f": tiny().state_dict()}, "net.pt")
     seen, y_train, y = [], torch.arange(20000, 30300), torch.arange(10000)
     monkeypatch.setattr(data, "load_mnist", lambda folder: (y_train / 30300, y_train, y / 10000, y))
     monkeypatch.setattr(evaluation, "error_rate", lambda f, x, y: seen.append(y) or 0)
@@ -1080,7 +1160,7 @@ def test_what_is_evaluated(scripts, monkeypatch):
 
 
 def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, capsys):
-    torch.save({**GOOD, "f": lenet().state_dict()}, "a&b-0.pt")
+    torch.save({**GOOD, "f": tiny().state_dict()}, "a&b-0.pt")
     flags = ["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--figures", "pictures", "--device", "cpu", "--json"]
 
     def closed(*arguments):
@@ -1092,14 +1172,74 @@ def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, caps
     assert row["worst"] == row["deepfool"] > 0 and "paper" not in row
     assert evaluation.main([*flags, "again.json"]) == 0 and "figure2-a&b-0.png" in capsys.readouterr().out
     assert sorted(path.name for path in Path("pictures").iterdir()) == [
-        "accuracy-lenet.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
-    xml.etree.ElementTree.parse("pictures/accuracy-lenet.svg")
+        "accuracy-mlp.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
+
+
+def test_what_is_finished_is_printed_whatever_happens(scripts, monkeypatch, capsys):
+    for seed in (0, 1):
+        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": tiny().state_dict()}, f"net-{seed}.pt")
+    flags = ["net-0.pt", "net-1.pt", *BRIEF, "--json", "all.json"]
+    real, networks = evaluation.evaluate, []
+
+    def interrupted(*arguments):
+        networks.append(1)
+        if len(networks) in (1, 3):
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    assert evaluation.main(flags) == 130  # in the first network: nothing is left
+    assert not Path("all.json").exists() and "Table" not in capsys.readouterr().out
+    assert evaluation.main(flags) == 130  # in the second
+    assert "net, 1 epochs" in capsys.readouterr().out and len(json.loads(Path("all.json").read_text())["results"]) == 1
+
+    def full(*arguments):
+        raise OSError("no space left")
+    monkeypatch.setattr(data, "replace", full)
+    assert evaluation.main(flags) == 2
+    said = capsys.readouterr()
+    assert "net, 1 epochs" in said.out and "no space left" in said.err
+    for path in ("missing/all.json", "runs.json"):
+        Path("runs.json").mkdir(exist_ok=True)
+        networks.clear()
+        with contextlib.suppress(SystemExit):
+            assert evaluation.main([*flags[:-1], path]) == 2
+        assert path.split("/")[0] in capsys.readouterr().err and networks == []  # known before the first attack
+
+
+def test_links_stay_and_what_they_name_is_written(scripts, monkeypatch):
+    os.mkdir("disk")
+    for name in ("run.pt", "all.json"):
+        os.symlink(f"disk/{name}", name)
+    assert train.main([*REFERENCE, "--out", "run.pt", *TINY]) == 0
+    assert evaluation.main(["run.pt", *BRIEF, "--json", "all.json"]) == 0
+    assert os.path.islink("run.pt") and os.path.islink("all.json")
+    assert evaluation.load_checkpoint("disk/run.pt") and json.loads(Path("disk/all.json").read_text())["results"]
+    assert sorted(os.listdir("disk")) == ["all.json", "run.pt"]
+
+
+def test_the_printed_command_runs_when_pasted(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda *arguments: None)
+    monkeypatch.setattr(train, "load", lambda *arguments: (torch.zeros(1),))
+    assert train.main(["--out", "my runs/a.pt", "--data-dir", "my data"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split(": ")[1])
+    assert words[1:] == [str(HERE / "eval.py"), "my runs/a.pt", "--data-dir", "my data"]
+    assert run_script(*words[1:2], "--help", folder=scripts).returncode == 0
+
+
+def test_a_name_that_the_screen_cannot_show(scripts, monkeypatch):
+    for main, flags in ((train.main, [*REFERENCE, *TINY, "--out", "Größe.pt"]),
+                        (evaluation.main, ["Größe.pt", *BRIEF])):
+        screen = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+        assert main(flags) == 0
+        sys.stdout.flush()
+        assert b"Gr??e" in screen.getvalue()
 
 
 def test_pictures_of_two_checkpoints_of_one_name(scripts, capsys):
     for seed in (0, 1):
         os.mkdir(f"{seed}")
-        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": lenet().state_dict()}, f"{seed}/net.pt")
+        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": tiny().state_dict()}, f"{seed}/net.pt")
     assert evaluation.main(["0/net.pt", "1/net.pt", "--figures", "."]) == 2
     assert "would overwrite each other" in capsys.readouterr().err
 
@@ -1112,12 +1252,12 @@ def test_float32_means_float32(scripts, monkeypatch):
 
 
 def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
-    flags, real, calls = ["--arch", "mlp", "--epochs", "2", *TINY], train.step, []
+    flags, real, calls = ["--arch", "mlp", "--epochs", "2", *TINY, "--train-images", "200"], train.step, []
     assert train.main([*flags, "--out", "whole.pt"]) == 0
 
     def interrupted(run, epoch, x, y):
         calls.append(1)
-        if len(calls) == 6:  # in the middle of the second epoch
+        if len(calls) == 5:  # in the middle of the second epoch
             raise KeyboardInterrupt
         return real(run, epoch, x, y)
     monkeypatch.setattr(train, "step", interrupted)
@@ -1126,9 +1266,9 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
     whole, parts = (torch.load(name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name in ("f", "D", "confidence"):
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
-    os.remove("parts.csv")  # the log is the checkpoint's: it comes back
-    assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0 and "finished" in capsys.readouterr().out
+    assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0 and "Done." in capsys.readouterr().out
     assert log_of("whole.csv") == log_of("parts.csv") and len(log_of("parts.csv")) == 3
+    assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0
     for more, message in ([["--out", "parts.pt"], "parts.pt is there already"],
                           [["--out", "parts.pt", "--resume", "--lam", "3"], "lam 0.5 (now 3.0)"],
                           [["--out", "parts.pt", "--resume", "--arch", "lenet"], "arch mlp (now lenet)"]):
@@ -1138,18 +1278,45 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
 def test_a_log_that_cannot_be_written_does_not_end_a_run(scripts, monkeypatch, capsys):
     real = data.replace
 
-    def locked(path, content):
+    def locked(path, content, new=False):
         if path.suffix == ".csv":
             raise PermissionError(f"{path} is open in a spreadsheet")
-        real(path, content)
+        real(path, content, new)
     monkeypatch.setattr(data, "replace", locked)
-    assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "a.pt", *TINY]) == 0
-    assert capsys.readouterr().err.count("open in a spreadsheet") == 2
+    assert train.main([*REFERENCE, "--epochs", "2", "--out", "a.pt", *TINY]) == 0
+    assert capsys.readouterr().err.count("open in a spreadsheet") == 3
     assert evaluation.load_checkpoint("a.pt")[1]["epochs"] == 2
 
 
+def test_a_run_owns_its_file_before_its_first_step(scripts, monkeypatch, capsys):
+    """Of two that begin at once one is refused, a kill in the first epoch can be resumed, a full disk is known."""
+    real, flags = train.train, [*REFERENCE, *TINY]
+
+    def killed(run, *arguments):
+        assert train.main([*flags, "--out", "run.pt"]) == 2  # the second, which has seen no file: see below
+        assert "run.pt is there already" in capsys.readouterr().err
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: False)
+        assert train.main([*flags, "--out", "run.pt"]) == 130
+    assert evaluation.load_checkpoint("run.pt")[1]["epochs"] == "0 of 1"
+    monkeypatch.setattr(train, "train", real)
+    assert train.main([*flags, "--out", "run.pt", "--resume"]) == 0
+    assert train.main([*flags, "--out", "whole.pt"]) == 0
+    torch.testing.assert_close(*(torch.load(name, weights_only=True)["f"] for name in ("run.pt", "whole.pt")),
+                               rtol=0, atol=0)
+
+    def full(path, content):
+        raise OSError("no space left")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(train, "train", lambda *arguments: pytest.fail("it has begun"))
+    assert train.main([*flags, "--out", "full.pt"]) == 2 and "no space left" in capsys.readouterr().err
+    assert not Path("full.pt").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
-    losses, real = iter([1, 1, math.nan, 1]), train.BASELINES["reference"]
+    losses, real = iter([1, math.nan]), train.BASELINES["reference"]
     monkeypatch.setitem(train.BASELINES, "reference", lambda f, x, y: next(losses) * real(f, x, y))
     assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
     error = capsys.readouterr().err
@@ -1164,7 +1331,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     "train --target far", "train --data cifar", "train --device abacus", "train --train-images 99",
     "train --train-images 50001", "train --out run.txt", "train --defense reference --lam 0.1", "train --speling 1",
     "eval", "eval x.pt --n 0", "eval x.pt --n 10001", "eval x.pt --attacks deepfool,magic", "eval x.pt --data cifar",
-    f"eval x.pt --figures {__file__}", "eval x.pt --json y.pt"])
+    "eval x.pt --json y.pt"])
 def test_wrong_flags(scripts, capsys, command):
     script, *flags = command.split()
     with pytest.raises(SystemExit) as error:
@@ -1178,13 +1345,13 @@ def test_clock():
     assert (train.clock(59.6), train.clock(3600), train.clock(100000)) == ("0:01:00", "1:00:00", "27:46:40")
 
 
-def test_settings_and_paths(monkeypatch):
+def test_settings_and_paths():
     paper, quick = train.parse_flags(["--arch", "mlp"])[1], train.parse_flags(["--quick"])[1]
     assert paper == dict(arch="mlp", defense="critic", seed=0, data="mnist", epochs=100, train_images=50000, lam=0.5,
                          lambda_rec=0.01, lambda_grad=10.0, attack_steps=5, target="closest")
     assert quick["epochs"] < 10 and train.parse_flags(["--quick", "--epochs", "70"])[1] == {**quick, "epochs": 70}
-    assert train.parse_flags(["--quick", "--data", "strokes", "--seed", "3"])[0].out == Path(
-        "runs/lenet-critic-quick-strokes-3.pt")
+    assert train.parse_flags(["--quick", "--data", "drawn", "--seed", "3"])[0].out == Path(
+        "runs/lenet-critic-quick-drawn-3.pt")
     home = Path.home()
     args = train.parse_flags(["--out", "~/run.pt", "--data-dir", "~/mnist"])[0]
     assert (args.out, args.data_dir) == (home / "run.pt", home / "mnist")
@@ -1193,23 +1360,20 @@ def test_settings_and_paths(monkeypatch):
     for parse in (train.parse_flags, evaluation.parse_flags):
         with pytest.raises(SystemExit, match="^0$"):
             parse(["--help"])
-    with pytest.raises(NotADirectoryError, match=re.escape(str(home / "no"))):
-        monkeypatch.setattr(Path, "exists", lambda path: True)
-        data.load_mnist("~/no")
 
 
 def damaged(path, damage):
-    torch.save({**GOOD, "f": lenet().state_dict()}, path)
+    torch.save({**GOOD, "f": tiny().state_dict()}, path)
     path.write_bytes(damage(path.read_bytes()))
 
 
 BAD_CHECKPOINTS = {
     "code": lambda path: torch.save({**GOOD, "f": type("Trap", (), {
         "__reduce__": lambda _: (os.mkdir, ("trapped",))})()}, path),  # would make a folder
-    "truncated": lambda path: damaged(path, lambda c: c[:-50_000]),
-    "one bit flipped": lambda path: damaged(path, lambda c: c[:10**6] + bytes([c[10**6] ^ 1]) + c[10**6 + 1:]),
-    "another architecture's": lambda path: torch.save({**GOOD, "f": mlp().state_dict()}, path),
-    "nan": lambda path: torch.save({**GOOD, "f": {k: v * math.nan for k, v in lenet().state_dict().items()}}, path),
+    "truncated": lambda path: damaged(path, lambda c: c[:-5000]),
+    "one bit flipped": lambda path: damaged(path, lambda c: c[:9999] + bytes([c[9999] ^ 1]) + c[10000:]),
+    "another architecture's": lambda path: torch.save({**GOOD, "f": lenet().state_dict()}, path),
+    "nan": lambda path: torch.save({**GOOD, "f": {k: v * math.nan for k, v in tiny().state_dict().items()}}, path),
     "missing": lambda path: None,
 }
 
@@ -1239,11 +1403,12 @@ def test_shipped_networks():
 def test_the_examples_of_readme(scripts):
     os.mkdir("results")
     f, names = lenet(), {}
-    torch.save({**GOOD, "f": f.state_dict()}, "results/lenet-critic.pt")  # a file of weights alone
+    settings = {**GOOD["settings"], "arch": "lenet"}
+    torch.save({"settings": settings, "f": f.state_dict()}, "results/lenet-critic.pt")  # a file of weights alone
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == GOOD["settings"]
+    assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == settings
     torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))
 
 
@@ -1256,22 +1421,3 @@ def test_every_command_parses(name):
     assert len(found) > 2
     for script, flags in found:
         {"train": train, "eval": evaluation}[script].parse_flags(flags.split())
-
-
-def test_the_first_table_of_readme_is_measured():
-    """Each of its numbers, rounded as there, is the mean of one kind of network in results/, over its seeds."""
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("| defense |"):].split("\n\n")[0].splitlines()[2:]
-    groups = {}
-    for path in (HERE / "results").glob("*.json"):
-        for row in json.loads(path.read_text())["results"]:
-            if "looks like target %" in row:
-                groups.setdefault((row["settings"]["defense"], row["name"]), []).append(row)
-    known = set()
-    for (defense, _), rows in groups.items():
-        error, worst, alike = (statistics.fmean(row[name] for row in rows)
-                               for name in ("test error %", "worst", "looks like target %"))
-        known.add((defense, f"{error:.2f}", f"{worst:.3f}", f"{alike:.0f}"))
-    assert len(table) > 4
-    for line in table:
-        assert tuple(re.search(r"[\w.]+", cell)[0] for cell in line.strip("|").split("|")) in known

@@ -2,7 +2,7 @@
 
     python train.py --arch lenet                          the paper's run: 100 epochs, 50,000 training steps of MNIST
     python train.py --arch lenet --quick                  180 + 360 steps, 3 to 6 minutes on two CPU cores
-    python train.py --arch lenet --quick --data strokes   the same on drawn digits, without a download
+    python train.py --arch lenet --quick --data drawn     the same on drawn digits, without a download
 
 Prints a line per epoch and, last, the command that measures the network on the test set.
 """
@@ -10,7 +10,10 @@ import argparse
 import csv
 import dataclasses
 import io
+import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -23,10 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, minimise, per_image, train_step,
-                       uniform_class)
-from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
-                  read_checkpoint, unit, user_path)
+from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, leaf, minimise, per_image, pick,
+                       train_step, uniform_class)
+from eval import (DATA, NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
+                  read_checkpoint, set_up, unit, user_path)
 
 BATCH = 100
 
@@ -35,14 +38,14 @@ BATCH = 100
 
 def reference(f, x, y):
     """No defense: the negative log-likelihood (NLL)."""
-    return F.cross_entropy(checked(f(x), x, y=y), y)
+    return F.cross_entropy(checked(f, x, y=y), y)
 
 
 def at(f, x, y, eps=0.1):
     """Adversarial training (Goodfellow, Shlens and Szegedy 2015): NLL(x) + NLL(x + eps sign grad_x NLL(x)).
     The perturbation is a constant for the gradient."""
-    x = x.detach().requires_grad_()
-    nll = F.cross_entropy(checked(f(x), x, y=y), y)
+    x = leaf(x)
+    nll = F.cross_entropy(checked(f, x, y=y), y)
     grad, = torch.autograd.grad(nll, x, retain_graph=True)
     return nll + F.cross_entropy(f(x.detach() + eps * grad.sign()), y)
 
@@ -51,7 +54,7 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
     """Virtual adversarial training (Miyato et al. 2015): NLL(x) + KL(p(x) || p(x + r)), r of l2 length eps along one
     power iteration from a random direction. p(x) and r are constants for the gradient. The iteration's step xi is
     larger than the reference's 1e-6, which float32 loses."""
-    logits = checked(f(x), x, y=y)
+    logits = checked(f, x, y=y)
     log_p = logits.detach().log_softmax(1)
 
     def divergence(other):
@@ -66,11 +69,10 @@ def margin(f, x, y, lam=0.1):
     max_k |grad_x (f_y - f_k)|_2^2. The class of the second max is picked first; its difference alone is differentiated.
     """
     k = boundaries(f, x, y)[1].argmax(1)
-    x = x.detach().requires_grad_()
+    x = leaf(x)
     logits = f(x)
     f_y, others = own_and_others(logits, y)
-    f_k = logits.gather(1, k[:, None]).squeeze(1)
-    grad, = torch.autograd.grad((f_y - f_k).sum(), x, create_graph=True)
+    grad, = torch.autograd.grad((f_y - pick(logits, k)).sum(), x, create_graph=True)
     return F.relu(1 - f_y + others.max(1).values).mean() + lam * grad.flatten(1).square().sum(1).mean()
 
 
@@ -82,7 +84,7 @@ def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
     x_adv = x + per_image(radius, x) * direction
     for _ in range(steps):
         x_i = x_adv.clamp(0, 1).requires_grad_()  # moves no pixel away from x: it stays in the ball
-        grad, = torch.autograd.grad(F.cross_entropy(checked(f(x_i), x, y=y), y, reduction="sum"), x_i)
+        grad, = torch.autograd.grad(F.cross_entropy(checked(f, x_i, y=y), y, reduction="sum"), x_i)
         r = x_i.detach() + step * unit(grad) - x
         x_adv = x + per_image(l2(r).clamp(max=eps), r) * unit(r)
     return F.cross_entropy(f(x_adv.clamp(0, 1)), y)
@@ -113,17 +115,23 @@ class Run:
         return parts
 
 
+def adam(net, lr, **betas):
+    """Adam for the weights of net, fused where torch has that for their device (for a CPU since torch 2.4)."""
+    try:
+        return torch.optim.Adam(net.parameters(), lr=lr, fused=True, **betas)
+    except RuntimeError:
+        return torch.optim.Adam(net.parameters(), lr=lr, **betas)
+
+
 def start(settings, device):
     """A fresh run, with Adam: the critic's learning rates as in Section 5, which names none for the other defenses."""
     torch.manual_seed(settings["seed"])
-    fused = torch.device(device).type in ("cpu", "cuda")  # there is no fused Adam on the tests' meta device
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
-        return Run(settings, f, torch.optim.Adam(f.parameters(), lr=1e-3, fused=fused))
-    D = critic().to(device)
-    return Run(settings, f, torch.optim.Adam(f.parameters(), lr=5e-4, betas=(0.5, 0.999), fused=fused),
-               D, RunningConfidence(10).to(device),
-               torch.optim.Adam(D.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=fused))
+        return Run(settings, f, adam(f, lr=1e-3))
+    with torch.device("cpu"):  # whatever torch's defaults are
+        D, confidence = critic().to(device, torch.float32), RunningConfidence(10).to(device, torch.float32)
+    return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)), D, confidence, adam(D, lr=1e-3, betas=(0.5, 0.999)))
 
 
 TARGETS = {"closest": closest_class, "uniform": uniform_class}
@@ -163,8 +171,9 @@ def set_learning_rates(run, epoch):
                 group["lr"] = adam.defaults["lr"] * factor
 
 
-def save(run, out):
-    """The one place where a run is written: its checkpoint, and its log beside it."""
+def save(run, out, new=False):
+    """The one place where a run is written: its checkpoint, and the log that is in it as CSV, whole, so that no kill
+    loses or doubles a row. OSError, also where a new one is there already."""
     checkpoint = {"settings": run.settings, "log": run.log, "random": torch.get_rng_state()}
     for name, part in run.parts().items():
         checkpoint[name] = part.state_dict()
@@ -173,26 +182,29 @@ def save(run, out):
         checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    data.replace(out, content.getbuffer())
-    save_log(run, out)
-
-
-def save_log(run, out):
-    """The checkpoint's log as CSV, always written whole, so that no kill loses or doubles a row. Where it cannot be
-    written, as while a spreadsheet has it open, a warning: the next epoch writes it again."""
+    try:
+        data.replace(out, content.getbuffer(), new)
+    except FileExistsError:
+        raise taken(out) from None
     text = io.StringIO()
     table = csv.DictWriter(text, ["epoch", "seconds", *COLUMNS])
     table.writeheader()
     table.writerows(run.log)
     try:
         data.replace(out.with_suffix(".csv"), text.getvalue().encode())
-    except OSError as error:
+    except OSError as error:  # as while a spreadsheet has it open
         print(f"train.py: warning: the log could not be written, the next epoch tries again: {error}", file=sys.stderr)
 
 
+def taken(file):
+    """The error where file is there already."""
+    return FileExistsError(f"{file} is there already and would be overwritten: --resume continues a checkpoint, --out "
+                           "names another")
+
+
 def restore(run, out):
-    """Puts run where a checkpoint left it and returns its last epoch. ValueError where the checkpoint is of another
-    run or of weights alone, OSError where it is not there."""
+    """Puts run where a checkpoint left it. ValueError where the checkpoint is of another run or of weights alone,
+    OSError where it is not there."""
     checkpoint = read_checkpoint(out)
     theirs, ours = checkpoint["settings"], run.settings
     differ = []
@@ -209,7 +221,6 @@ def restore(run, out):
         device = next(run.f.parameters()).device
         if device.type == "cuda" and "random_cuda" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], device)
-        return run.log[-1]["epoch"]
     except Exception as error:  # load_state_dict has many kinds of errors for what is not its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         raise ValueError(f"{out} is not the whole state of a run, it cannot be resumed ({reason})") from None
@@ -221,40 +232,40 @@ COLUMNS = {"loss": ".3f", "nll": ".3f", "fool": ".3f", "cycle": ".3f", "critic":
            "val_error": ".2%", "rho": ".4f"}  # of the log, and how the screen shows them
 
 
+def as_images(x):
+    """Bytes as images in [0,1]."""
+    return x.to(torch.float32) / 255
+
+
 def train_epoch(run, x, y, epoch, to_go=0):
     """One pass over x (bytes), y in whole batches of a random order; the means of what step returns, as floats. to_go:
     say how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
-    rows = []
+    rows, times = [], []
     for i, batch in enumerate(order, 1):
-        parts = step(run, epoch, x[batch] / 255, y[batch])
+        parts = step(run, epoch, as_images(x[batch]), y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
-        if to_go and i == 5:
-            fifth = time_of(rows[-1])
-        if to_go and i == 20:
-            announce((time_of(rows[-1]) - fifth) / 15, len(order) * to_go)
+        if to_go and i in (5, 20):
+            announce(times, rows[-1], len(order) * to_go)
     rows = torch.stack(rows)                            # (steps, parts)
-    bad = (~rows.isfinite()).any(1)
-    networks = [run.f] if run.D is None else [run.f, run.D]
-    finite = all(weight.isfinite().all() for network in networks for weight in network.parameters())
-    if bad.any() or not finite:
-        first = bad.int().argmax().item() + 1 if bad.any() else len(order)
-        raise FloatingPointError(f"the loss or a weight is not finite since step {first} of epoch {epoch}")
+    bad = ~rows.isfinite().all(1)
+    if bad.any():
+        raise FloatingPointError(f"the loss is not finite since step {bad.int().argmax() + 1} of epoch {epoch}")
+    for net in (run.f, run.D):
+        if net is not None and not all(weight.isfinite().all() for weight in net.parameters()):
+            raise FloatingPointError(f"a weight is not finite after epoch {epoch}")
     return dict(zip(parts, rows.mean(0).tolist()))
 
 
-def time_of(row):
-    """The time, in seconds, at which the device has computed row."""
+def announce(times, row, steps):
+    """After the 5th and after the 20th step, once the device has computed row: says how long so many will take."""
     row.tolist()
-    return time.perf_counter()
-
-
-def announce(seconds, steps):
-    """Says how long so many steps, of so many seconds each, will take."""
-    left = seconds * steps
-    hint = "; --quick takes minutes" if left > 3600 else ""
-    print(f"      {1000 * seconds:.0f} ms a step, so about {clock(left)} to go (hours:minutes:seconds){hint}",
-          flush=True)
+    times.append(time.perf_counter())
+    if len(times) == 2:
+        seconds = (times[1] - times[0]) / 15
+        hint = "; --quick takes minutes" if seconds * steps > 3600 else ""
+        print(f"      {1000 * seconds:.0f} ms a step, so about {clock(seconds * steps)} to go "
+              f"(hours:minutes:seconds){hint}", flush=True)
 
 
 def clock(seconds):
@@ -265,18 +276,18 @@ def clock(seconds):
 
 def train(run, out, x, y, x_val, y_val):
     """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
-    epochs, is_critic = run.settings["epochs"], run.D is not None
-    begin = len(run.log) if is_critic else len(run.log) + 1  # the critic's epoch 0 is that of pretraining
-    columns = ["loss", "val_error", "rho"]
-    if is_critic:
+    epochs, begin, columns = run.settings["epochs"], len(run.log) + 1, ["loss", "val_error", "rho"]
+    if run.D is not None:
+        begin = len(run.log)  # the critic's epoch 0 is that of pretraining
         columns = ["nll", "fool", "cycle", "critic", "success", "val_error", "rho"]
     print(f"{'epoch':>5} {'time':>8} {'left':>8}", *(f"{name:>9}" for name in columns), flush=True)
+    x_val = as_images(x_val)
     for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
         set_learning_rates(run, epoch)
         row = train_epoch(run, x, y, epoch, to_go=epochs - epoch + 1 if epoch == max(begin, 1) else 0)
-        row["val_error"] = error_rate(run.f, x_val / 255, y_val)
-        attacked = measure(run.f, x_val[:100] / 255, y_val[:100], deepfool)
+        row["val_error"] = error_rate(run.f, x_val, y_val)
+        attacked = measure(run.f, x_val[:100], y_val[:100], deepfool)
         row["rho"] = attacked["rho"]
         seconds = time.perf_counter() - began
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
@@ -312,7 +323,7 @@ def parse_flags(argv):
     parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="how many to train on (default 50000)")
     add_data_flags(parser, default="mnist")
     parser.add_argument("--out", type=user_path, metavar="FILE.pt", help="the checkpoint, its log is FILE.csv beside "
-                        "it (default runs/ARCH-DEFENSE[-quick][-strokes]-SEED.pt)")
+                        "it (default runs/ARCH-DEFENSE[-quick][-drawn]-SEED.pt)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds; give the same flags")
     parser.add_argument("--quick", action="store_true", help="minutes on a CPU: 18000 training images, 2 epochs after "
                         "that of plain NLL (the other defenses: 3)")
@@ -328,26 +339,26 @@ def parse_flags(argv):
                        "closest boundary, or any other at random (default closest)")
     args = parser.parse_args(argv)
 
-    critic_only = {"lam": 0.1 if args.arch == "lenet" else 0.5, "lambda_rec": 0.01, "lambda_grad": 10.0,
-                   "attack_steps": 5, "target": "closest"}
-    default = {"epochs": 100, "train_images": 50000}
+    is_critic = args.defense == "critic"
+    settings = {"arch": args.arch, "defense": args.defense, "seed": args.seed, "data": args.data,
+                "epochs": 100, "train_images": 50000}
     if args.quick:
-        default = {"epochs": 2 if args.defense == "critic" else 3, "train_images": 18000}
-    if args.defense == "critic":
-        default.update(critic_only)
-    for name in critic_only:
-        if args.defense != "critic" and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
-    settings = {name: getattr(args, name) for name in ("arch", "defense", "seed", "data")}
-    for name, value in default.items():
+        settings.update(epochs=2 if is_critic else 3, train_images=18000)
+    if is_critic:
+        settings.update(lam=0.1 if args.arch == "lenet" else 0.5, lambda_rec=0.01, lambda_grad=10.0, attack_steps=5,
+                        target="closest")
+    for name in ("epochs", "train_images", "lam", "lambda_rec", "lambda_grad", "attack_steps", "target"):
         given = getattr(args, name)
-        settings[name] = value if given is None else given
+        if given is not None and name not in settings:
+            parser.error(f"--{name.replace('_', '-')} is a constant of --defense critic, not of {args.defense}")
+        if given is not None:
+            settings[name] = given
     if args.out is None:
         words = [args.arch, args.defense]
         if args.quick:
             words.append("quick")
-        if args.data == "strokes":
-            words.append("strokes")
+        if args.data != "mnist":
+            words.append(args.data)
         args.out = Path("runs", "-".join([*words, f"{args.seed}.pt"]))
     if args.out.suffix != ".pt":
         parser.error(f"--out {args.out}: expected a name that ends in .pt")
@@ -358,60 +369,52 @@ def load(source, data_dir, train_images, device):
     """Training and validation sets on the device; the first 10,000 images are held out (as the authors' code does).
     The images are bytes, 0 to 255, a quarter of the memory."""
     n = 10000 + train_images
-    x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.stroke_digits(n, seed=0)
+    x, y = data.load_mnist(data_dir)[:2] if source == "mnist" else data.drawn_digits(n, seed=0)
     x, y = x[:n].mul(255).round_().byte().to(device), y[:n].to(device)
     return x[10000:], y[10000:], x[:10000], y[:10000]
 
 
-def prepare(args, settings):
-    """The run, fresh or as --resume finds it, and its data (None where the run is finished), after checking that
-    nothing would be overwritten and that --out can be written. OSError, ValueError."""
-    run = start(settings, args.device)
-    log = args.out.with_suffix(".csv")
-    if args.resume:
-        if restore(run, args.out) == settings["epochs"]:
-            save_log(run, args.out)
-            return run, None
-    else:
-        for file in (args.out, log):
-            if file.exists():
-                raise ValueError(f"{file} is there already and would be overwritten: --resume continues a checkpoint, "
-                                 "--out names another")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        data.replace(args.out, b"")  # whether it can be written is known now, not after the first epoch
-        args.out.unlink()
-    sets = load(args.data, args.data_dir, settings["train_images"], args.device)
-    machine = torch.cuda.get_device_name(args.device) if sets[0].is_cuda else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {args.device} ({machine})")
-    print(" ".join(f"{name}={value}" for name, value in settings.items()))
-    print(f"{args.out} and {log} are written after each epoch", flush=True)
-    return run, sets
+def evaluation(args):
+    """The command that measures the network, to be pasted where this one was typed."""
+    script = Path(__file__).with_name("eval.py")
+    words = [sys.orig_argv[0], script.name if script.parent == Path.cwd() else str(script), str(args.out)]
+    if args.data_dir:
+        words += ["--data-dir", str(args.data_dir)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def main(argv=None):
     """The command line; returns the exit status."""
     args, settings = parse_flags(argv)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, also in a GPU's convolutions
-    run, hint = None, ": the same command with --resume goes on after it"
+    set_up()
+    log = args.out.with_suffix(".csv")
     try:
-        run, sets = prepare(args, settings)
-        if sets is None:
-            print(f"{args.out} is finished, with all of its {settings['epochs']} epochs.")
+        run = start(settings, args.device)
+        if args.resume:
+            restore(run, args.out)
         else:
-            train(run, args.out, *sets)
-            print(f"Done. On the test set: python eval.py {args.out}")
+            for file in (args.out, log):
+                if file.exists():
+                    raise taken(file)
+        sets = load(args.data, args.data_dir, settings["train_images"], args.device)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        save(run, args.out, new=not args.resume)  # now, and not after hours: whether it can be written, and is ours
+        machine = torch.cuda.get_device_name(args.device) if sets[0].is_cuda else f"{torch.get_num_threads()} threads"
+        print(f"torch {torch.__version__} on {args.device} ({machine})")
+        print(" ".join(f"{name}={value}" for name, value in settings.items()))
+        print(f"{args.out} and {log} are written after each epoch", flush=True)
+        train(run, args.out, *sets)
+        print(f"Done. On the test set: {evaluation(args)}")
         return 0
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # the line after the terminal's ^C
-        problem, status = "interrupted", 130
+        print(f"\ntrain.py: interrupted; {args.out} keeps the last whole epoch: the same command with --resume goes on "
+              "after it", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:  # --resume would come to the same step
+        print(f"train.py: error: {error}; {args.out} keeps the last whole epoch", file=sys.stderr)
     except (OSError, ValueError) as error:
-        problem, status = f"error: {error}", 2
-    except FloatingPointError as error:
-        problem, status, hint = f"error: {error}", 2, ""  # --resume would come to the same step
-    print(f"train.py: {problem}", file=sys.stderr)
-    if run is not None and args.out.exists():
-        print(f"{args.out} keeps the last whole epoch{hint}", file=sys.stderr)
-    return status
+        print(f"train.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
