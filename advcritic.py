@@ -82,9 +82,9 @@ def gradient_penalty(score, x):
 
 
 def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
-    """Eq. 4, minimised by D; x and x_adv are constants. With D_k the critic's logit k:
+    """Eq. 4, minimised by D; x and x_adv are constants. With s_k the critic's logit k:
 
-    mean softplus(-D_y(x)) + mean softplus(D_y_adv(x_adv)) + lambda_grad (penalty(D_y, x) + penalty(D_y_adv, x_adv))
+    mean softplus(-s_y(x)) + mean softplus(s_y_adv(x_adv)) + lambda_grad (penalty(s_y, x) + penalty(s_y_adv, x_adv))
 
     Over all images, also where the attack failed. The penalty is taken at x and at x_adv, not between them, and on the
     very logits of the first two terms: it sees the same draw of the critic's noise.
@@ -99,9 +99,9 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 # --- Eq. 5 and Eq. 6: the classifier's objective, with the cycle-consistency term ---------------------------------
 
 def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
-    """Eq. 5 + Eq. 6, minimised by f. With D_k the critic's logit k:
+    """Eq. 5 + Eq. 6, minimised by f. With s_k the critic's logit k:
 
-    mean NLL(x, y) + lam mean softplus(-D_y_adv(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
+    mean NLL(x, y) + lam mean softplus(-s_y_adv(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
     x_rec = A_f(x_adv; the class that f gives to x), to the confidence that f has in it at x
 
     x_adv is what attack(f, x, ..., create_graph=True) made of x with the same f. The second and third mean run over
@@ -171,8 +171,7 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
     last iterate. Detached unless create_graph, in which case x_adv carries a gradient to f's weights and to confidence,
     and `steps` passes of f stay in memory. The form of the paper's tests is eval.high_confidence_attack.
     """
-    C = as_confidence(confidence, x)
-    x = x.detach()
+    C, x = as_confidence(confidence, x), x.detach()
     if not create_graph:
         C = C.detach()
     r, go = torch.zeros_like(x), torch.ones_like(C)
@@ -270,6 +269,9 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
     """
     with torch.no_grad():
         logits = checked(f, x, y=y)
+    players = [{p for group in adam.param_groups for p in group["params"]} for adam in (adam_f, adam_D)]
+    if players[0] & players[1]:
+        raise ValueError("adam_f and adam_D share weights, expected those of f and those of D")
     confidence.update(logits)
     target = choose_target(f, x, logits.argmax(1))
     # The attack is computed once. The critic sees its images, the classifier also differentiates through it.
@@ -321,16 +323,21 @@ def expect(ok, name, value, expected):
         raise ValueError(f"{name}: {found}, expected {expected}")
 
 
+def expect_images(x, name="x"):
+    """ValueError unless x is a tensor (N,...) of floating-point numbers."""
+    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 1
+    expect(ok, name, x, "images, a tensor (N,...) of floating-point numbers")
+
+
 def leaf(x, name="x"):
     """A constant copy of the images x, to take gradients with respect to it."""
-    ok = isinstance(x, torch.Tensor) and x.is_floating_point()
-    expect(ok, name, x, "images, a tensor (N,...) of floating-point numbers")
+    expect_images(x, name)
     return x.clone().detach().requires_grad_()
 
 
 def checked(f, x, **labels):
     """f(x), if it is logits (N,K) with K >= 2 for images x, and each of the labels (N,) int64."""
-    expect(isinstance(x, torch.Tensor), "x", x, "images, a tensor (N,...)")
+    expect_images(x)
     for name, label in labels.items():
         ok = isinstance(label, torch.Tensor) and label.shape == (len(x),) and label.dtype == torch.int64
         expect(ok, name, label, f"a tensor ({len(x)},) of int64")
@@ -343,8 +350,9 @@ def checked(f, x, **labels):
 def as_confidence(confidence, x):
     """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type, which is float32 or float64:
     half precision would round the eps of Eq. 7 to 0."""
-    ok = isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float64)
-    expect(ok, "x", x, "images, a tensor (N,...) of float32 or float64")
+    expect_images(x)
+    expect(x.dtype in (torch.float32, torch.float64), "x", x, "images in float32 or float64")
+    expect(isinstance(confidence, (int, float, torch.Tensor)), "confidence", confidence, "a float or a tensor")
     if isinstance(confidence, (int, float)) and not 0 < confidence <= 1:
         raise ValueError(f"confidence: {confidence}, expected a probability in (0,1]")
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)

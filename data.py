@@ -108,9 +108,11 @@ def replace(path, content, new=False):
     try:
         part.write_bytes(content)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         if new:
             path.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{path} could not be written: {error}") from None
         raise
     finally:
         part.unlink(missing_ok=True)

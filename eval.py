@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, expect, leaf,
-                       lenet, mlp, per_image, pick)
+from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, expect,
+                       expect_images, leaf, lenet, mlp, per_image, pick)
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
 DATA = ("mnist", "drawn")
@@ -57,7 +57,8 @@ def unit(v):
 
 def rho(x, x_adv):
     """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
-    expect(x_adv.shape == x.shape and x.dim() >= 2, "x_adv", x_adv, f"the shape of x, {tuple(x.shape)}, both (N,...)")
+    expect_images(x)
+    expect(isinstance(x_adv, torch.Tensor) and x_adv.shape == x.shape, "x_adv", x_adv, f"x's shape {tuple(x.shape)}")
     norm = l2(x)
     return torch.where(norm > 0, l2(wide(x_adv) - wide(x)) / norm, torch.nan)
 
@@ -73,7 +74,7 @@ def mean_rho(x, length):
 @torch.no_grad()
 def batched_logits(f, x):
     """f(x) (N,K), computed in parts that fit into memory."""
-    expect(isinstance(x, torch.Tensor), "x", x, "images, a tensor (N,...)")
+    expect_images(x)
     return torch.cat([checked(f, part.clone()) for part in x.split(500)])  # clone: for an f that works in place
 
 
@@ -87,8 +88,7 @@ def classify(f, x, y):
 
 
 def share(which):
-    """The share of True among which (N,), a float; nan of none. Counts are whole numbers: not every device has float64.
-    """
+    """The share of True among which (N,), a float; nan of none. A count: not every device has float64 for a mean."""
     return which.sum().item() / len(which) if len(which) else math.nan
 
 
@@ -105,8 +105,7 @@ def fooled(f, x_adv, y):
 
 def check_images(x):
     """ValueError unless x holds floating-point images (N,...) in [0,1]."""
-    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() >= 2
-    expect(ok, "x", x, "floating-point images (N,...) in [0,1]")
+    expect_images(x)
     if not inside(x).all():
         raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
 
@@ -132,17 +131,18 @@ def check_labels(name, y, n, num_classes):
 # computes in float32 at least, f gets images in x's type, and x_adv (N,...) in [0,1] is of x's type, detached.
 
 def accept(f, x, name, y):
-    """Checks what an attack was given. Returns g, f for images of any precision, and its logits at x."""
+    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x."""
     check_images(x)
 
     def g(images):
         return checked(f, images.to(x.dtype, copy=True)).to(images.dtype)
     with torch.enable_grad():
-        start, grad = leaf(wide(x)), None
+        start = leaf(wide(x))
         logits = g(start)
         check_labels(name, y, *logits.shape)
         if not logits.isfinite().all():
             raise ValueError("f: its logits at x are not finite")
+        grad = None
         if logits.requires_grad:
             grad, = torch.autograd.grad(logits.sum(), start, allow_unused=True)
     if grad is None:
@@ -212,7 +212,8 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, torch.inf))
     for _ in range(search_steps):
         w = (0.999999 * (2 * x - 1)).atanh().requires_grad_()
-        adam, found = torch.optim.Adam([w], lr=lr), torch.zeros_like(y, dtype=torch.bool)
+        adam = torch.optim.Adam([w], lr=lr)
+        found = torch.zeros_like(y, dtype=torch.bool)
         for _ in range(steps):
             with torch.enable_grad():
                 x_i = (w.tanh() + 1) / 2
@@ -225,7 +226,8 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
             shortest = torch.where(closer, square, shortest)
             found |= gap < 0
             adam.step()
-        low, high = torch.where(found, low, c), torch.where(found, c, high)
+        low = torch.where(found, low, c)
+        high = torch.where(found, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
     return x_adv
 
@@ -297,19 +299,6 @@ ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "paper": paper_attack, "d
 
 # --- Measuring a classifier ---------------------------------------------------------------------------------------
 
-def in_parts(n, size, title):
-    """Yields the slices of n images in parts of this size. With a title and on a terminal it shows how far it is, and
-    how long the rest will take."""
-    start, show = time.perf_counter(), title is not None and sys.stderr is not None and sys.stderr.isatty()
-    for done in range(0, n, size):
-        if show:
-            left = f", {(time.perf_counter() - start) * (n / done - 1):.0f} s left" if done else ""
-            print(f"\r{title}: {done} of {n} images{left}\033[K", end="", file=sys.stderr, flush=True)
-        yield slice(done, done + size)
-    if show:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def measure(f, x, y, method, title=None):
     """Attacks the images x with method(f, x, y); with a title it shows its progress on a terminal. A dict:
 
@@ -319,10 +308,21 @@ def measure(f, x, y, method, title=None):
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
     check_images(x)
-    right, start = classify(f, x, y) == y, time.perf_counter()
-    parts = [method(f, x[some], y[some]) for some in in_parts(len(x), 2000 if x.is_cuda else 50, title)]
-    x_adv = torch.cat(parts).detach() if parts else x
-    expect(x_adv.shape == x.shape, "method", x_adv, f"images of the shape of x, {tuple(x.shape)}")
+    right = classify(f, x, y) == y
+    size = 2000 if x.is_cuda else 50
+    start, parts = time.perf_counter(), [x[:0]]
+    for i in range(0, len(x), size):
+        if title and sys.stderr.isatty():
+            left = (time.perf_counter() - start) * (len(x) / i - 1) if i else math.nan
+            print(f"\r{title}: {i} of {len(x)} images, {left:.0f} s left\033[K", end="", file=sys.stderr, flush=True)
+        some = slice(i, i + size)
+        part = method(f, x[some].clone(), y[some].clone())  # clones, for one that works in place
+        ok = isinstance(part, torch.Tensor) and (part.shape, part.dtype) == (x[some].shape, x.dtype)
+        expect(ok, "method", part, f"images like x, {x.dtype} of shape {tuple(x[some].shape)}")
+        parts.append(part)
+    if title and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    x_adv = torch.cat(parts).detach()
     done = fooled(f, x_adv, y) & inside(x_adv)
     length = torch.where(done, l2(wide(x_adv) - wide(x.detach())), torch.inf)
     length = torch.where(right, length, 0)
@@ -396,10 +396,20 @@ class ConvPool(nn.Module):
         return (values.max(3).values + self.bias).permute(0, 3, 1, 2)
 
 
+def fresh(make, device="cpu"):
+    """make() on the device, in float32 and with the random numbers of the CPU, whatever torch's defaults are."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            return make().to(device)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def network(arch, device="cpu"):
     """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
-    with torch.device("cpu"):  # whatever torch's defaults are
-        f = NETWORKS[arch]().to(torch.float32)
+    f = fresh(NETWORKS[arch])
     if arch == "lenet" and torch.device(device).type == "cpu":
         f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
@@ -421,8 +431,12 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:  # a broken file can raise anything, from the unpickler to load_state_dict
-        reason = f"{type(error).__name__}: {str(error).strip()[:120]}".split("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint of train.py, or a broken one ({reason})") from None
+        raise ValueError(f"{path} is not a checkpoint of train.py, or a broken one ({reason(error)})") from None
+
+
+def reason(error):
+    """The kind of an exception, and the beginning of what it says."""
+    return f"{type(error).__name__}: {str(error).strip()[:120]}".split("\n")[0]
 
 
 def load_checkpoint(path, device="cpu"):
@@ -433,7 +447,7 @@ def load_checkpoint(path, device="cpu"):
     f.load_state_dict(checkpoint["f"])
     info = dict(checkpoint["settings"])
     if "log" in checkpoint:
-        done = checkpoint["log"][-1]["epoch"] if checkpoint["log"] else 0
+        done = max((row["epoch"] for row in checkpoint["log"]), default=0)
         if done < info["epochs"]:
             info["epochs"] = f"{done} of {info['epochs']}"
     return f.eval(), info
@@ -450,25 +464,30 @@ PUBLISHED = {  # the paper's values, in this order
     "mlp critic": (1.18, .290, .272, .575, 87.99, 9.86), "lenet critic": (0.93, .288, .278, .590, 92.29, 6.51)}
 
 
+def row_name(path, settings):
+    """What a row is called: by its file, so that rows of two files differ, without the seed; and its length."""
+    return f"{str(path.with_suffix('')).removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs"
+
+
 def grouped(rows):
-    """Rows that differ in the seed alone together, each named after its file. ValueError where two are the same."""
-    groups, seen = {}, []
+    """Rows that differ in the seed alone together. ValueError where two are the same."""
+    groups = {}
     for row in rows:
-        settings = row["settings"]
-        if settings in seen:
+        group = groups.setdefault(json.dumps({**row["settings"], "seed": None}, sort_keys=True), [])
+        if any(row["settings"] == other["settings"] for other in group):
             raise ValueError(f"{row['checkpoint']} is given twice, or another file has the same settings and seed")
-        seen.append(settings)
-        name = str(Path(row["checkpoint"]).with_suffix("")).removesuffix(f"-{settings['seed']}")
-        row["name"] = f"{name}, {settings['epochs']} epochs"
-        all_but_the_seed = frozenset({**settings, "seed": None}.items())
-        groups.setdefault(all_but_the_seed, []).append(row)
+        group.append(row)
     return list(groups.values())
 
 
 def cell(group, name):
     """The mean of one figure over the rows of a group, ± its standard deviation, and the published value."""
     values = [row[name] for row in group]
-    digits = 2 if "error" in name else 1 if "%" in name else 3
+    digits = 3
+    if "error" in name:
+        digits = 2
+    elif "%" in name:
+        digits = 1
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(group) > 1:
         text += f"±{statistics.stdev(values):.{digits}f}"
@@ -495,9 +514,10 @@ def report(groups, attacks, caption):
     if smallest:
         lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left under "
                      "those of up to length 1.5")
-    for row in (row for group in groups for row in group):
-        lines += [f"{row['checkpoint']}: {count} images were not fooled by {name}: no robustness, this attack failed"
-                  for name, count in row["failed"].items() if count]
+    for group in groups:
+        for row in group:
+            lines += [f"{row['checkpoint']}: {count} images were not fooled by {name}: it failed, this is no robustness"
+                      for name, count in row["failed"].items() if count]
     if "paper" in attacks:
         columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "reached %"]
         lines += ["", f"Table 2: {caption} under the paper's attack; the 5 nearest training images vote for people",
@@ -524,12 +544,14 @@ def read_json(paths):
             content = json.loads(path.read_text(encoding="utf-8"))
             protocols.append(content["protocol"])
             for row in content["results"]:
-                length = [math.inf if value is None else value for value in row.pop("length", [])]
-                rows.append({name: math.nan if value is None else value for name, value in row.items()})
-                if length:
-                    rows[-1]["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
+                row = {name: math.nan if value is None else value for name, value in row.items()}
+                if "length" in row:
+                    length = [math.inf if value is None else value for value in row["length"]]
+                    row["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
+                report([[row]], content["protocol"]["attacks"], content["protocol"]["caption"])  # has what it needs
+                rows.append(row)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no file of --json ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
         if protocols[-1] != protocols[0]:
             raise ValueError(f"{path}: its images or attacks are not those of {paths[0]}")
     return rows, protocols[0]
@@ -546,8 +568,8 @@ def tile(images, columns):
 
 def save_png(path, page):
     """Writes a page (H,W) of floats, clamped to [0,1], as 8-bit greyscale PNG."""
-    if page.dim() != 2 or not page.is_floating_point():
-        raise ValueError(f"page: {page.dtype} of shape {tuple(page.shape)}, expected floats (H,W) in [0,1]")
+    ok = isinstance(page, torch.Tensor) and page.dim() == 2 and page.is_floating_point()
+    expect(ok, "page", page, "floats (H,W) in [0,1]")
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -577,33 +599,32 @@ def figure_2(f, x, y, x_train, y_train):
 
 
 def figure_4(f, x, y):
-    """Three rows of eight images: what each shows, the images, f's mean confidence in them in percent, and how many are
-    dimmed, because f was not fooled."""
-    x, y, rows = x[:8], y[:8], []
-    for shows, row in (("clean", x), ("at the boundary by DDN (the paper: Carlini-Wagner)", ddn(f, x, y)),
-                       ("the paper's attack", paper_attack(f, x, y))):
-        confidence = 100 * batched_logits(f, row).softmax(1).amax(1).mean().item()
-        dimmed = ~fooled(f, row, y) if shows != "clean" else torch.zeros_like(y, dtype=torch.bool)
-        rows.append((shows, torch.where(per_image(dimmed, x), 0.35 * row, row), confidence, dimmed.sum().item()))
-    return rows
+    """Rows a, b and c: what each shows, eight images, f's mean confidence in them in percent, how many fool f."""
+    x, y = x[:8], y[:8]
+    rows = {"clean": x, "at the boundary by DDN (the paper: Carlini-Wagner)": ddn(f, x, y),
+            "the paper's attack": paper_attack(f, x, y)}
+    return [(shows, row, 100 * batched_logits(f, row).softmax(1).amax(1).mean().item(), fooled(f, row, y).sum().item())
+            for shows, row in rows.items()]
 
 
 def draw(folder, networks, x, y, x_train, y_train):
-    """Draws Figures 2 and 4 of each network into the folder, and prints what they show."""
+    """Draws Figures 2 and 4 of each network into the folder, and prints what they show. Figure 2's counts of each."""
     right = torch.stack([classify(f, x, y) == y for f in networks.values()]).all(0)
     some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
     x, y = x[some], y[some]
+    counts = []
     for name, f in networks.items():
         path = folder / f"figure2-{name}.png"
         page, reached, alike = figure_2(f, x, y, x_train, y_train)
         save_png(path, page)
+        counts.append({"reach 95%": reached, "look like target": alike})
         print(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others are "
               f"dimmed; {alike} of 90 look like their target")
-        for letter, (shows, row, confidence, dimmed) in zip("abc", figure_4(f, x, y)):
+        for letter, (shows, row, confidence, count) in zip("abc", figure_4(f, x, y)):
             path = folder / f"figure4-{name}-{letter}.png"
             save_png(path, tile(row, 8))
-            not_fooled = f"; {dimmed} not fooled, dimmed" if dimmed else ""
-            print(f"{path}: {shows}, mean confidence {confidence:.0f}%{not_fooled}")
+            print(f"{path}: {shows}, mean confidence {confidence:.0f}%, {count} of {len(row)} fool the network")
+    return counts
 
 
 COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
@@ -625,18 +646,20 @@ def save_svg(path, title, groups):
     for percent in (0, 25, 50, 75, 100):
         parts += [line([(70, 375 - 3.2 * percent), (470, 375 - 3.2 * percent)], "#ddd", 1),
                   text(60, 382 - 3.2 * percent, f"{percent}%", "end")]
-    labels, defenses = [], [group[0]["settings"]["defense"] for group in groups]
+    labels = []
+    defenses = [group[0]["settings"]["defense"] for group in groups]
     for group, defense in zip(groups, defenses):
         length = torch.cat([row["length"] for row in group])
         points = [(70 + 8 * i, 375 - 320 * share(length > i / 20)) for i in range(51)]
         name = defense if defenses.count(defense) == 1 else group[0]["name"]
-        parts.append(line(points, COLOURS[defense], 6 if defense == "critic" else 2.5))
-        labels.append((points[-1][1], name, COLOURS[defense]))
+        colour = COLOURS.get(defense, "grey")
+        parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
+        labels.append((points[-1][1], name, colour))
     bottom = math.inf
     for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
         bottom = min(y + 7, bottom - 22)
         parts.append(text(478, bottom, name, "start", colour))
-    Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+    Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8", errors="replace")
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
@@ -690,12 +713,14 @@ def parse_flags(argv):
     unknown = {*args.attacks} - {*ATTACKS}
     if unknown:
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
-    if args.json and (args.json.suffix != ".json" or args.json.exists() and not args.json.is_file()):
+    if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
         parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
     files = []
-    for path in args.checkpoints:  # or a pattern, where the shell has not put the files in its place
-        matches = [] if path.exists() else sorted(glob.glob(str(path)))
-        files += [Path(name) for name in matches] or [path]
+    for path in args.checkpoints:
+        if not path.exists():  # a pattern, where the shell has not put the files in its place
+            files += map(Path, sorted(glob.glob(str(path))) or [path])
+        else:
+            files.append(path)
     args.checkpoints = files
     return args
 
@@ -734,8 +759,10 @@ def evaluate_all(args):
                 "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks}}
     rows, done = [], []
     for path, (_, settings) in zip(args.checkpoints, loaded):
-        published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ()) if source == "mnist" else ()
-        rows.append({"checkpoint": str(path), "settings": settings,
+        published = ()
+        if source == "mnist":
+            published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ())
+        rows.append({"name": row_name(path, settings), "checkpoint": str(path), "settings": settings,
                      "published": dict(zip(PUBLISHED_COLUMNS, published)),
                      "device": args.device, "torch": torch.__version__})
     grouped(rows)  # refuses those that are given twice
@@ -752,15 +779,20 @@ def evaluate_all(args):
             show(args, done, protocol)
     if args.figures:
         networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
-        draw(args.figures, networks, x[order[:500]], y[order[:500]], x_train, y_train)
+        for row, counts in zip(rows, draw(args.figures, networks, x[order[:500]], y[order[:500]], x_train, y_train)):
+            row["figure 2"] = counts
+        if args.json:
+            save_json(args.json, rows, protocol)
 
 
 def show(args, rows, protocol):
     """Prints the tables of these rows, and writes what --json and --figures ask for, as far as rows say it."""
     groups = grouped(rows)
-    print("\n".join(report(groups, list(protocol["attacks"]), protocol["caption"])), flush=True)
-    if args.json:
-        save_json(args.json, rows, protocol)
+    try:
+        print("\n".join(report(groups, protocol["attacks"], protocol["caption"])), flush=True)
+    finally:
+        if args.json:
+            save_json(args.json, rows, protocol)
     for arch in NETWORKS:
         mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
         if args.figures and mine:
@@ -793,7 +825,7 @@ def main(argv=None):
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\neval.py: interrupted; what is finished stands above, and in the file of --json", file=sys.stderr)
+        print("\neval.py: interrupted", file=sys.stderr)
         return 130
     return 0
 

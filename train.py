@@ -28,8 +28,8 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, leaf, minimise, per_image, pick,
                        train_step, uniform_class)
-from eval import (DATA, NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
-                  read_checkpoint, set_up, unit, user_path)
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, fresh, l2, measure, network, number, own_and_others,
+                  read_checkpoint, reason, set_up, unit, user_path)
 
 BATCH = 100
 
@@ -79,6 +79,7 @@ def margin(f, x, y, lam=0.1):
 def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
     """Beyond the paper, l2 PGD training (Madry et al. 2018): NLL(x_adv) alone, x_adv after normalised steps from a
     start uniform in the ball of radius eps around x, in the ball and in [0,1]; a constant for the gradient."""
+    x = leaf(x).detach()
     direction = unit(torch.randn_like(x))
     radius = eps * torch.rand(len(x), dtype=x.dtype, device=x.device) ** (1 / x[0].numel())
     x_adv = x + per_image(radius, x) * direction
@@ -109,18 +110,16 @@ class Run:
 
     def parts(self):
         """By name, everything whose state_dict() a checkpoint keeps beside settings and log."""
-        parts = {"f": self.f, "adam_f": self.adam_f}
-        if self.D is not None:
-            parts.update(D=self.D, confidence=self.confidence, adam_D=self.adam_D)
-        return parts
+        parts = {"f": self.f, "adam_f": self.adam_f, "D": self.D, "confidence": self.confidence, "adam_D": self.adam_D}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
-def adam(net, lr, **betas):
+def adam(net, lr, betas=(0.9, 0.999)):
     """Adam for the weights of net, fused where torch has that for their device (for a CPU since torch 2.4)."""
     try:
-        return torch.optim.Adam(net.parameters(), lr=lr, fused=True, **betas)
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=betas, fused=True)
     except RuntimeError:
-        return torch.optim.Adam(net.parameters(), lr=lr, **betas)
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=betas)
 
 
 def start(settings, device):
@@ -129,8 +128,8 @@ def start(settings, device):
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
         return Run(settings, f, adam(f, lr=1e-3))
-    with torch.device("cpu"):  # whatever torch's defaults are
-        D, confidence = critic().to(device, torch.float32), RunningConfidence(10).to(device, torch.float32)
+    D = fresh(critic, device)
+    confidence = fresh(lambda: RunningConfidence(10), device)
     return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)), D, confidence, adam(D, lr=1e-3, betas=(0.5, 0.999)))
 
 
@@ -158,17 +157,20 @@ def step(run, epoch, x, y):
 def set_learning_rates(run, epoch):
     """Section 5: halved after epochs 40 and 80 of 100, of another length E after round(0.4 E) and round(0.8 E). The
     baselines: times 0.95^(100 / E) after each epoch."""
-    epochs, factor = run.settings["epochs"], 1.0
-    if run.settings["defense"] != "critic":
-        factor = 0.95 ** (100 / epochs * (epoch - 1))
+    epochs = run.settings["epochs"]
+    if run.settings["defense"] == "critic":
+        halved_after = [end for end in (round(0.4 * epochs), round(0.8 * epochs)) if end < epoch]
+        factor = 0.5 ** len(halved_after)
     else:
-        for share in (0.4, 0.8):
-            if epoch > round(share * epochs):
-                factor /= 2
-    for adam in (run.adam_f, run.adam_D):
-        if adam is not None:
-            for group in adam.param_groups:
-                group["lr"] = adam.defaults["lr"] * factor
+        factor = 0.95 ** (100 / epochs * (epoch - 1))
+    for optimizer in (run.adam_f, run.adam_D):
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
+
+
+COLUMNS = {"loss": ".3f", "nll": ".3f", "fool": ".3f", "cycle": ".3f", "critic": ".3f", "success": ".1%",
+           "val_error": ".2%", "rho": ".4f"}  # of the log, and how the screen shows them
 
 
 def save(run, out, new=False):
@@ -207,10 +209,8 @@ def restore(run, out):
     OSError where it is not there."""
     checkpoint = read_checkpoint(out)
     theirs, ours = checkpoint["settings"], run.settings
-    differ = []
-    for name in {**theirs, **ours}:
-        if theirs.get(name) != ours.get(name):
-            differ.append(f"{name} {theirs.get(name)} (now {ours.get(name)})")
+    differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours}
+              if theirs.get(name) != ours.get(name)]
     if differ:
         raise ValueError(f"{out} was trained with {', '.join(differ)}: give the same flags, or another --out")
     try:
@@ -222,15 +222,10 @@ def restore(run, out):
         if device.type == "cuda" and "random_cuda" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], device)
     except Exception as error:  # load_state_dict has many kinds of errors for what is not its own
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        raise ValueError(f"{out} is not the whole state of a run, it cannot be resumed ({reason})") from None
+        raise ValueError(f"{out} is not the whole state of a run, it cannot be resumed ({reason(error)})") from None
 
 
 # --- The loop -----------------------------------------------------------------------------------------------------
-
-COLUMNS = {"loss": ".3f", "nll": ".3f", "fool": ".3f", "cycle": ".3f", "critic": ".3f", "success": ".1%",
-           "val_error": ".2%", "rho": ".4f"}  # of the log, and how the screen shows them
-
 
 def as_images(x):
     """Bytes as images in [0,1]."""
@@ -276,8 +271,11 @@ def clock(seconds):
 
 def train(run, out, x, y, x_val, y_val):
     """Trains run to its last epoch; after each one line on the screen, and the checkpoint and its log on disk."""
-    epochs, begin, columns = run.settings["epochs"], len(run.log) + 1, ["loss", "val_error", "rho"]
-    if run.D is not None:
+    epochs = run.settings["epochs"]
+    if run.D is None:
+        begin = len(run.log) + 1
+        columns = ["loss", "val_error", "rho"]
+    else:
         begin = len(run.log)  # the critic's epoch 0 is that of pretraining
         columns = ["nll", "fool", "cycle", "critic", "success", "val_error", "rho"]
     print(f"{'epoch':>5} {'time':>8} {'left':>8}", *(f"{name:>9}" for name in columns), flush=True)
@@ -374,13 +372,17 @@ def load(source, data_dir, train_images, device):
     return x[10000:], y[10000:], x[:10000], y[:10000]
 
 
-def evaluation(args):
+def eval_command(args):
     """The command that measures the network, to be pasted where this one was typed."""
     script = Path(__file__).with_name("eval.py")
-    words = [sys.orig_argv[0], script.name if script.parent == Path.cwd() else str(script), str(args.out)]
+    if script.parent == Path.cwd():
+        script = script.name
+    words = [sys.orig_argv[0], str(script), str(args.out)]
     if args.data_dir:
         words += ["--data-dir", str(args.data_dir)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    if os.name == "nt":
+        return subprocess.list2cmdline(words)
+    return shlex.join(words)
 
 
 def main(argv=None):
@@ -404,11 +406,13 @@ def main(argv=None):
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         print(f"{args.out} and {log} are written after each epoch", flush=True)
         train(run, args.out, *sets)
-        print(f"Done. On the test set: {evaluation(args)}")
+        print(f"Done. On the test set: {eval_command(args)}")
         return 0
     except KeyboardInterrupt:
-        print(f"\ntrain.py: interrupted; {args.out} keeps the last whole epoch: the same command with --resume goes on "
-              "after it", file=sys.stderr)
+        print("\ntrain.py: interrupted", file=sys.stderr)
+        if args.out.exists():
+            print(f"{args.out} keeps the last whole epoch: the same command with --resume goes on after it",
+                  file=sys.stderr)
         return 130
     except FloatingPointError as error:  # --resume would come to the same step
         print(f"train.py: error: {error}; {args.out} keeps the last whole epoch", file=sys.stderr)
