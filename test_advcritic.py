@@ -1434,3 +1434,33 @@ def test_every_command_parses(name):
     assert len(found) > 2
     for script, flags in found:
         {"train": train, "eval": evaluation}[script].parse_flags(flags.split())
+
+
+def test_the_tables_of_readme_are_measured():
+    """Each number of its two tables, rounded as there, is the mean over the seeds of one kind of network in results/."""
+    groups = {}
+    for path in (HERE / "results").glob("*-[0-9][0-9].json"):
+        for row in json.loads(path.read_text())["results"]:
+            settings = row["settings"]
+            groups.setdefault((settings["arch"], settings["defense"], settings["epochs"]), []).append(row)
+
+    def mean(arch, defense, epochs, name, digits):
+        values = [row[name] for row in groups[arch, defense, epochs]]
+        return f"{sum(values) / len(values):.{digits}f}"
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    first, second = ([[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+                     for table in re.findall(r"^\| (?:defense)? ?\|.*\n(?:\|.*\n)+", text, re.MULTILINE))
+    for defense, *cells in first:
+        defense = re.match(r"`(\w+)`", defense)[1]
+        for arch, error, rho in (("mlp", *cells[0:2]), ("lenet", *cells[3:5])):
+            assert (error, rho) == (mean(arch, defense, 10, "test error %", 2), mean(arch, defense, 10, "worst", 3))
+    for name, epochs, *cells in second:
+        arch, who = name.lower().split(", ")
+        if who == "the paper's critic":
+            error, *rhos = evaluation.PUBLISHED[f"{arch} critic"][:4]
+            assert cells == [f"{error:.2f}", f"{rhos[0]:.3f}", f"{rhos[2]:.3f}", ""]
+        else:
+            key = (arch, who.strip("`"), int(epochs))
+            assert cells == [mean(*key, "test error %", 2),
+                             *(mean(*key, column, 3) for column in ("deepfool", "paper", "worst"))]
+    assert (len(first), len(second)) == (6, 5)
