@@ -44,11 +44,7 @@ def load_mnist(data_dir=None, mirrors=MIRRORS):
     for name, shape, sha256 in FILES:
         content = bytearray(find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors))
         values = torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
-        if len(shape) == 3:
-            values = values[:, None].to(torch.float32) / 255
-        else:
-            values = values.to(torch.int64)
-        tensors.append(values)
+        tensors.append(values[:, None].to(torch.float32) / 255 if len(shape) == 3 else values.to(torch.int64))
     return tuple(tensors)
 
 

@@ -400,20 +400,10 @@ class ConvPool(nn.Module):
         return (values.max(3).values + self.bias).permute(0, 3, 1, 2)
 
 
-def fresh(make, device="cpu"):
-    """make() on the device, in float32 and with the random numbers of the CPU, whatever torch's defaults are."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            return make().to(device)
-    finally:
-        torch.set_default_dtype(default)
-
-
 def network(arch, device="cpu"):
     """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
-    f = fresh(NETWORKS[arch])
+    with torch.device("cpu"):  # and float32, whatever torch's defaults are
+        f = NETWORKS[arch]().to(torch.float32)
     if arch == "lenet" and torch.device(device).type == "cpu":
         f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
@@ -468,11 +458,6 @@ PUBLISHED = {  # the paper's values, in this order
     "mlp critic": (1.18, .290, .272, .575, 87.99, 9.86), "lenet critic": (0.93, .288, .278, .590, 92.29, 6.51)}
 
 
-def row_name(path, settings):
-    """What a row is called: by its file, so that rows of two files differ, without the seed; and its length."""
-    return f"{str(path.with_suffix('')).removesuffix('-' + str(settings['seed']))}, {settings['epochs']} epochs"
-
-
 def grouped(rows):
     """Rows that differ in the seed alone together. ValueError where two are the same."""
     groups = {}
@@ -487,11 +472,7 @@ def grouped(rows):
 def cell(group, name):
     """The mean of one figure over the rows of a group, ± its standard deviation, and the published value."""
     values = [row[name] for row in group]
-    digits = 3
-    if "error" in name:
-        digits = 2
-    elif "%" in name:
-        digits = 1
+    digits = {"test error %": 2, "clean error %": 2}.get(name, 1 if "%" in name else 3)
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(group) > 1:
         text += f"±{statistics.stdev(values):.{digits}f}"
@@ -548,12 +529,10 @@ def read_json(paths):
             content = json.loads(path.read_text(encoding="utf-8"))
             protocols.append(content["protocol"])
             for row in content["results"]:
-                row = {name: math.nan if value is None else value for name, value in row.items()}
-                if "length" in row:
-                    length = [math.inf if value is None else value for value in row["length"]]
-                    row["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
-                report([[row]], content["protocol"]["attacks"], content["protocol"]["caption"])  # has what it needs
-                rows.append(row)
+                rows.append({name: math.nan if value is None else value for name, value in row.items()})
+                length = [math.inf if value is None else value for value in row["length"]]
+                rows[-1]["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
+            report(grouped(rows), protocols[-1]["attacks"], protocols[-1]["caption"])  # whether all of it is there
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
         if protocols[-1] != protocols[0]:
@@ -648,17 +627,16 @@ def save_svg(path, title, groups):
              text(270, 432, "l2 length of the perturbation")]
     parts += [text(70 + 80 * i, 400, f"{i / 2}") for i in range(6)]
     for percent in (0, 25, 50, 75, 100):
-        parts += [line([(70, 375 - 3.2 * percent), (470, 375 - 3.2 * percent)], "#ddd", 1),
-                  text(60, 382 - 3.2 * percent, f"{percent}%", "end")]
+        y = 375 - 3.2 * percent
+        parts += [line([(70, y), (470, y)], "#ddd", 1), text(60, y + 7, f"{percent}%", "end")]
     labels = []
     defenses = [group[0]["settings"]["defense"] for group in groups]
     for group, defense in zip(groups, defenses):
         length = torch.cat([row["length"] for row in group])
         points = [(70 + 8 * i, 375 - 320 * share(length > i / 20)) for i in range(51)]
-        name = defense if defenses.count(defense) == 1 else group[0]["name"]
         colour = COLOURS.get(defense, "grey")
         parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
-        labels.append((points[-1][1], name, colour))
+        labels.append((points[-1][1], defense if defenses.count(defense) == 1 else group[0]["name"], colour))
     bottom = math.inf
     for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
         bottom = min(y + 7, bottom - 22)
@@ -679,17 +657,12 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def user_path(text):
-    """An argparse type: a path, with ~ expanded, which not every shell does."""
-    return Path(os.path.expanduser(text))
-
-
 def add_data_flags(parser, default):
     """--data, --data-dir and --device, as train.py has them too."""
     parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download "
                         f"(default {default or 'what the checkpoints were trained on'})")
-    parser.add_argument("--data-dir", type=user_path, metavar="DIR", help="the folder of MNIST's four files (default: "
-                        "$MNIST_DIR, else data)")
+    parser.add_argument("--data-dir", metavar="DIR", help="the folder of MNIST's four files (default: $MNIST_DIR, else "
+                        "data)")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: CUDA where there is one")
 
@@ -697,16 +670,16 @@ def add_data_flags(parser, default):
 def parse_flags(argv):
     """The command line as argparse has it, with the defaults that depend on the device."""
     parser = argparse.ArgumentParser(description="Attacks trained classifiers and prints Tables 1 and 2.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", type=user_path, help="files that train.py "
-                        "wrote, or patterns such as 'runs/*.pt'; or files of --json, for the tables of their rows")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files that train.py wrote, or patterns "
+                        "such as 'runs/*.pt'; or files of --json, for the tables of their rows")
     parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
                         "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
     parser.add_argument("--attacks", metavar="NAME,...", help="deepfool: to the closest boundary, step by step; cw: "
                         "Carlini and Wagner's l2 attack; paper: the paper's own, to the clean image's confidence; ddn: "
                         "decoupled direction and norm (default: all, on a CPU without cw, which takes long)")
-    parser.add_argument("--figures", type=user_path, metavar="DIR", help="draw Figures 2 and 4 of each network, and "
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw Figures 2 and 4 of each network, and "
                         "the accuracy by length of the perturbation, into this folder")
-    parser.add_argument("--json", type=user_path, metavar="FILE.json", help="write every number, and how it was "
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write every number, and how it was "
                         "measured, to this file")
     add_data_flags(parser, default=None)
     args = parser.parse_args(argv)
@@ -719,18 +692,15 @@ def parse_flags(argv):
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
     if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
         parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
-    files = []
-    for path in args.checkpoints:
-        if not path.exists():  # a pattern, where the shell has not put the files in its place
-            files += map(Path, sorted(glob.glob(str(path))) or [path])
-        else:
-            files.append(path)
-    args.checkpoints = files
+    # Patterns, where the shell has not put the files in their place.
+    args.checkpoints = [Path(name) for text in args.checkpoints for name in sorted(glob.glob(text)) or [text]]
     return args
 
 
 def set_up():
     """For both scripts: float32 means float32, also in a GPU's convolutions, and a screen takes any letter."""
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
     torch.backends.cudnn.allow_tf32 = False
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
@@ -763,12 +733,11 @@ def evaluate_all(args):
                 "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks}}
     rows, done = [], []
     for path, (_, settings) in zip(args.checkpoints, loaded):
-        published = ()
-        if source == "mnist":
-            published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ())
-        rows.append({"name": row_name(path, settings), "checkpoint": str(path), "settings": settings,
-                     "published": dict(zip(PUBLISHED_COLUMNS, published)),
-                     "device": args.device, "torch": torch.__version__})
+        name = str(path.with_suffix("")).removesuffix(f"-{settings['seed']}")
+        published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ()) if source == "mnist" else ()
+        rows.append({"name": f"{name}, {settings['epochs']} epochs", "checkpoint": str(path), "settings": settings,
+                     "published": dict(zip(PUBLISHED_COLUMNS, published)), "device": args.device,
+                     "torch": torch.__version__})
     grouped(rows)  # refuses those that are given twice
     try:
         for row, (f, _) in zip(rows, loaded):
@@ -805,22 +774,20 @@ def show(args, rows, protocol):
             print(path)
 
 
-def try_to_write(folder):
-    """OSError where a file in this folder could not be written: now, and not after the last attack."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(100_000))
-
-
 def main(argv=None):
     """The command line; returns the exit status."""
     args = parse_flags(argv)
     set_up()
     try:
+        folders = []
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
-            try_to_write(args.figures)
+            folders.append(args.figures)
         if args.json:
-            try_to_write(os.path.dirname(os.path.realpath(args.json)))
+            folders.append(Path(os.path.realpath(args.json)).parent)
+        for folder in folders:  # what cannot be written is known now, and not after the last attack
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(100_000))
         if all(path.suffix == ".json" for path in args.checkpoints):
             show(args, *read_json(args.checkpoints))
         else:

@@ -9,11 +9,10 @@ Prints a line per epoch and, last, the command that measures the network on the 
 import argparse
 import csv
 import dataclasses
+import errno
 import io
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -28,8 +27,8 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, leaf, minimise, per_image, pick,
                        train_step, uniform_class)
-from eval import (NETWORKS, add_data_flags, deepfool, error_rate, fresh, l2, measure, network, number, own_and_others,
-                  read_checkpoint, reason, set_up, unit, user_path)
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
+                  read_checkpoint, reason, set_up, unit)
 
 BATCH = 100
 
@@ -128,9 +127,9 @@ def start(settings, device):
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
         return Run(settings, f, adam(f, lr=1e-3))
-    D = fresh(critic, device)
-    confidence = fresh(lambda: RunningConfidence(10), device)
-    return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)), D, confidence, adam(D, lr=1e-3, betas=(0.5, 0.999)))
+    D = critic().to(device)
+    return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)),
+               D, RunningConfidence(10).to(device), adam(D, lr=1e-3, betas=(0.5, 0.999)))
 
 
 TARGETS = {"closest": closest_class, "uniform": uniform_class}
@@ -184,10 +183,7 @@ def save(run, out, new=False):
         checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    try:
-        data.replace(out, content.getbuffer(), new)
-    except FileExistsError:
-        raise taken(out) from None
+    data.replace(out, content.getbuffer(), new)
     text = io.StringIO()
     table = csv.DictWriter(text, ["epoch", "seconds", *COLUMNS])
     table.writeheader()
@@ -196,12 +192,6 @@ def save(run, out, new=False):
         data.replace(out.with_suffix(".csv"), text.getvalue().encode())
     except OSError as error:  # as while a spreadsheet has it open
         print(f"train.py: warning: the log could not be written, the next epoch tries again: {error}", file=sys.stderr)
-
-
-def taken(file):
-    """The error where file is there already."""
-    return FileExistsError(f"{file} is there already and would be overwritten: --resume continues a checkpoint, --out "
-                           "names another")
 
 
 def restore(run, out):
@@ -227,18 +217,13 @@ def restore(run, out):
 
 # --- The loop -----------------------------------------------------------------------------------------------------
 
-def as_images(x):
-    """Bytes as images in [0,1]."""
-    return x.to(torch.float32) / 255
-
-
 def train_epoch(run, x, y, epoch, to_go=0):
     """One pass over x (bytes), y in whole batches of a random order; the means of what step returns, as floats. to_go:
     say how long so many epochs will take, once the first steps are done. FloatingPointError ends it."""
     order = torch.randperm(len(x), device=x.device)[:len(x) // BATCH * BATCH].view(-1, BATCH)
     rows, times = [], []
     for i, batch in enumerate(order, 1):
-        parts = step(run, epoch, as_images(x[batch]), y[batch])
+        parts = step(run, epoch, x[batch].float() / 255, y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
         if to_go and i in (5, 20):
             announce(times, rows[-1], len(order) * to_go)
@@ -279,7 +264,7 @@ def train(run, out, x, y, x_val, y_val):
         begin = len(run.log)  # the critic's epoch 0 is that of pretraining
         columns = ["nll", "fool", "cycle", "critic", "success", "val_error", "rho"]
     print(f"{'epoch':>5} {'time':>8} {'left':>8}", *(f"{name:>9}" for name in columns), flush=True)
-    x_val = as_images(x_val)
+    x_val = x_val.float() / 255
     for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
         set_learning_rates(run, epoch)
@@ -320,7 +305,7 @@ def parse_flags(argv):
                         "batches, the noise and the targets (default 0)")
     parser.add_argument("--train-images", type=number(int, BATCH, 50000), help="how many to train on (default 50000)")
     add_data_flags(parser, default="mnist")
-    parser.add_argument("--out", type=user_path, metavar="FILE.pt", help="the checkpoint, its log is FILE.csv beside "
+    parser.add_argument("--out", type=Path, metavar="FILE.pt", help="the checkpoint, its log is FILE.csv beside "
                         "it (default runs/ARCH-DEFENSE[-quick][-drawn]-SEED.pt)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds; give the same flags")
     parser.add_argument("--quick", action="store_true", help="minutes on a CPU: 18000 training images, 2 epochs after "
@@ -380,8 +365,6 @@ def eval_command(args):
     words = [sys.orig_argv[0], str(script), str(args.out)]
     if args.data_dir:
         words += ["--data-dir", str(args.data_dir)]
-    if os.name == "nt":
-        return subprocess.list2cmdline(words)
     return shlex.join(words)
 
 
@@ -397,7 +380,7 @@ def main(argv=None):
         else:
             for file in (args.out, log):
                 if file.exists():
-                    raise taken(file)
+                    raise FileExistsError(errno.EEXIST, "", str(file))
         sets = load(args.data, args.data_dir, settings["train_images"], args.device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         save(run, args.out, new=not args.resume)  # now, and not after hours: whether it can be written, and is ours
@@ -409,11 +392,12 @@ def main(argv=None):
         print(f"Done. On the test set: {eval_command(args)}")
         return 0
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted", file=sys.stderr)
-        if args.out.exists():
-            print(f"{args.out} keeps the last whole epoch: the same command with --resume goes on after it",
-                  file=sys.stderr)
+        kept = f"; {args.out} keeps the last whole epoch, --resume goes on after it" if args.out.exists() else ""
+        print(f"\ntrain.py: interrupted{kept}", file=sys.stderr)
         return 130
+    except FileExistsError as error:  # also that of two runs which began at once, and this is the second
+        print(f"train.py: error: {error.filename} is there already and would be overwritten: --resume continues a "
+              "checkpoint, --out names another", file=sys.stderr)
     except FloatingPointError as error:  # --resume would come to the same step
         print(f"train.py: error: {error}; {args.out} keeps the last whole epoch", file=sys.stderr)
     except (OSError, ValueError) as error:
