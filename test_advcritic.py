@@ -1409,7 +1409,7 @@ def test_the_examples_of_readme(scripts):
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2 and names["parts"]["success"] > 0 and names["info"] == settings
-    torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))
+    torch.testing.assert_close(names["net"](names["x"]), f(names["x"]))
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
