@@ -1196,8 +1196,9 @@ def test_what_is_finished_is_printed_whatever_happens(scripts, monkeypatch, caps
 
     def full(*arguments):
         raise OSError("no space left")
-    monkeypatch.setattr(data, "replace", full)
-    assert evaluation.main(flags) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "save_json", full)
+        assert evaluation.main(flags) == 2
     said = capsys.readouterr()
     assert "net, 1 epochs" in said.out and "no space left" in said.err
     for path in ("missing/all.json", "runs.json"):
