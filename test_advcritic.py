@@ -1398,7 +1398,7 @@ def test_shipped_networks():
     errors = {path.name: 100 * evaluation.error_rate(evaluation.load_checkpoint(path)[0], x, y)
               for path in (HERE / "results").glob("*.pt")}
     assert errors == pytest.approx({"lenet-critic.pt": 1.03, "lenet-reference.pt": 0.89, "mlp-critic.pt": 1.16,
-                                    "mlp-reference.pt": 1.54}, abs=0.001)
+                                    "mlp-reference.pt": 1.44}, abs=0.001)
 
 
 def test_the_examples_of_readme(scripts):

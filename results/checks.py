@@ -5,7 +5,7 @@
     python results/checks.py chance FILE.json            by worst: the differences of neighbours, their standard errors
     python results/checks.py stronger FILE.json FILE.pt...          adv-lib's FAB and ALMA too; --json of their rows
 
-`stronger` wants adv-lib 0.2.8 (pip install --no-deps adv-lib==0.2.8); a second and more for each image.
+`stronger` wants more than torch: `pip install numpy tqdm`, `pip install --no-deps adv-lib==0.2.8`.
 """
 import json
 import sys
