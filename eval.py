@@ -80,6 +80,8 @@ def batched_logits(f, x):
 def classify(f, x, y):
     """The class (N,) that f gives to each image; -1, no class, where its largest logit is infinite or not a number.
     y is only checked: ValueError unless it holds N labels that f knows."""
+    if len(x) == 0:  # which not every f can take
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
     logits = batched_logits(f, x)
     check_labels("y", y, *logits.shape)
     largest, label = logits.max(1)
@@ -416,7 +418,8 @@ def read_checkpoint(path):
             damaged = archive.testzip()  # torch.load does not look at the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
-        NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
+        with torch.device("cpu"):
+            NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
         finite = all(part.isfinite().all() for part in checkpoint["f"].values())
         if damaged or settings["data"] not in DATA or not finite:
             raise ValueError("it is damaged, its data unknown or a weight not finite")
@@ -473,7 +476,7 @@ def cell(group, name):
     values = [row[name] for row in group]
     digits = {"test error %": 2, "clean error %": 2}.get(name, 1 if "%" in name else 3)
     text = f"{statistics.fmean(values):.{digits}f}"
-    if len(group) > 1:
+    if len(group) > 1 and all(map(math.isfinite, values)):
         text += f"±{statistics.stdev(values):.{digits}f}"
     if name in group[0]["published"]:
         text += f" ({group[0]['published'][name]:.{digits}f})"
@@ -528,10 +531,12 @@ def read_json(paths):
             content = json.loads(path.read_text(encoding="utf-8"))
             protocols.append(content["protocol"])
             for row in content["results"]:
-                rows.append({name: math.nan if value is None else value for name, value in row.items()})
-                length = [math.inf if value is None else value for value in row["length"]]
-                rows[-1]["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
-            report(grouped(rows), protocols[-1]["attacks"], protocols[-1]["caption"])  # whether all of it is there
+                row = {name: math.nan if value is None else value for name, value in row.items()}
+                if "length" in row:
+                    length = [math.inf if value is None else value for value in row["length"]]
+                    row["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
+                report([[row]], protocols[-1]["attacks"], protocols[-1]["caption"])  # whether all of it is there
+                rows.append(row)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
         if protocols[-1] != protocols[0]:
@@ -557,8 +562,8 @@ def save_png(path, page):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     lines = F.pad((255 * page.clamp(0, 1)).round().byte(), (1, 0))  # each line begins with its filter, 0: none
     header = struct.pack(">IIBBBBB", page.shape[1], page.shape[0], 8, 0, 0, 0, 0)
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                           + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
+    data.replace(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                 + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
 
 
 def figure_2(f, x, y, x_train, y_train):
@@ -640,7 +645,7 @@ def save_svg(path, title, groups):
     for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
         bottom = min(y + 7, bottom - 22)
         parts.append(text(478, bottom, name, "start", colour))
-    Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8", errors="replace")
+    data.replace(path, "\n".join([*parts, "</svg>\n"]).encode("utf-8", errors="replace"))
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
@@ -691,8 +696,13 @@ def parse_flags(argv):
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
     if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
         parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
-    # Patterns, where the shell has not put the files in their place.
-    args.checkpoints = [Path(name) for text in args.checkpoints for name in sorted(glob.glob(text)) or [text]]
+    files = []
+    for text in args.checkpoints:
+        found = [text]
+        if not os.path.exists(text):  # a pattern, where the shell has not put the files in its place
+            found = sorted(glob.glob(text)) or found
+        files += map(Path, found)
+    args.checkpoints = files
     return args
 
 

@@ -767,6 +767,13 @@ def test_the_right_length_in_every_precision(method, dtype):
     assert evaluation.rho(x, x_adv).item() == pytest.approx(length / 1.25 ** 0.5)
 
 
+def test_an_empty_batch_needs_no_f():
+    x, y = pixels(1.0, 0.5)[:0], Y[:0]
+    for method in SMALLEST:
+        assert method(None, x, y).shape == x.shape
+        assert evaluation.measure(None, x, y, method)["failed"] == 0
+
+
 def test_what_works_in_place():
     f, x = plane(), pixels(1.0, 0.5)
     assert evaluation.measure(f, x, Y, lambda f, x, y: x.copy_(deepfool(f, x, y)))["rho"] > 0.3
@@ -924,6 +931,7 @@ def test_a_table_of_two_seeds():
              "failed": {"cw": 0, "ddn": failed}}
             for path, error, worst, failed in (("a", 1.0, 0.2, 0), ("b", 2.0, 0.3, 7))]
     lines = evaluation.report([rows], ["cw", "ddn"], "30 images")
+    assert evaluation.cell([{"cw": math.nan, "published": {}}, {"cw": 0.5}], "cw") == "nan"
     assert lines[1].index("test error") < lines[1].index("worst") < lines[1].index("cw")
     assert "net, 3 epochs" in lines[2] and "1.50±0.71 (0.90)" in lines[2] and "0.250±0.071" in lines[2]
     assert [line for line in lines if line.startswith("b: ")] == [

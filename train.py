@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import errno
 import io
+import os
 import shlex
 import signal
 import sys
@@ -127,9 +128,9 @@ def start(settings, device):
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
         return Run(settings, f, adam(f, lr=1e-3))
-    D = critic().to(device)
-    return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)),
-               D, RunningConfidence(10).to(device), adam(D, lr=1e-3, betas=(0.5, 0.999)))
+    with torch.device("cpu"):  # whatever torch's default is
+        D, confidence = critic().to(device), RunningConfidence(10).to(device)
+    return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)), D, confidence, adam(D, lr=1e-3, betas=(0.5, 0.999)))
 
 
 TARGETS = {"closest": closest_class, "uniform": uniform_class}
@@ -395,12 +396,13 @@ def main(argv=None):
         kept = f"; {args.out} keeps the last whole epoch, --resume goes on after it" if args.out.exists() else ""
         print(f"\ntrain.py: interrupted{kept}", file=sys.stderr)
         return 130
-    except FileExistsError as error:  # also that of two runs which began at once, and this is the second
-        print(f"train.py: error: {error.filename} is there already and would be overwritten: --resume continues a "
-              "checkpoint, --out names another", file=sys.stderr)
     except FloatingPointError as error:  # --resume would come to the same step
         print(f"train.py: error: {error}; {args.out} keeps the last whole epoch", file=sys.stderr)
     except (OSError, ValueError) as error:
+        ours = [os.path.realpath(file) for file in (args.out, log)]
+        if isinstance(error, FileExistsError) and os.path.realpath(error.filename) in ours:
+            error = (f"{error.filename} is there already and would be overwritten: --resume continues a checkpoint, "
+                     "--out names another")  # also where two began at once, and this is the second
         print(f"train.py: error: {error}", file=sys.stderr)
     return 2
 
