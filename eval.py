@@ -132,9 +132,13 @@ def check_labels(name, y, n, num_classes):
 # computes in float32 at least, f gets images in x's type, and x_adv (N,...) in [0,1] is of x's type, detached.
 
 def accept(f, x, name, y):
-    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x."""
+    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x; of no
+    images, which not every f can take, without a call of f."""
     def g(images):
         return checked(f, images.to(x.dtype, copy=True)).to(images.dtype)
+    check_images(x)
+    if len(x) == 0:
+        return g, wide(x).new_zeros(0, 2)
     with torch.enable_grad():
         start = leaf(wide(x))
         logits = g(start)
@@ -157,9 +161,6 @@ def untargeted(method):
     @functools.wraps(method)
     def attack(f, x, y, *args, **kwargs):
         with torch.inference_mode(False), torch.no_grad():
-            check_images(x)
-            if len(x) == 0:  # which not every f can take
-                return x.clone()
             g, logits = accept(f, x, "y", y)
             x_adv, right = wide(x).clone(), logits.argmax(1) == y
             if right.any():
@@ -270,20 +271,17 @@ def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, ov
     confidence in (0,1], a float or (N,); max_step None takes full steps. An attack that fails keeps its last iterate.
     """
     with torch.inference_mode(False), torch.no_grad():
-        check_images(x)
-        if len(x) == 0:
-            return x.clone()
         g, _ = accept(f, x, "target", target)
         x_adv, target, C = wide(x).clone(), target.long(), as_confidence(confidence, wide(x))
         if not ((C > 0) & (C <= 1)).all():
             raise ValueError(f"confidence: values from {C.min():.7g} to {C.max():.7g}, expected probabilities in (0,1]")
         live = torch.arange(len(x), device=x.device)
         for _ in range(steps):
+            if len(live) == 0:
+                break
             r_i, p, logits = attack_step(g, x_adv[live], target[live], C[live])
             going = (p < C[live]) | (logits.argmax(1) != target[live])
             live, r_i = live[going], r_i[going]
-            if len(live) == 0:
-                break
             r_i = per_image(l2(r_i).clamp(max=max_step or math.inf), r_i) * unit(r_i)
             r_i = r_i.nan_to_num()  # an image that has lost its gradient stays where it is
             x_adv[live] = (x_adv[live] + (1 + overshoot) * r_i).clamp(0, 1)
@@ -418,8 +416,7 @@ def read_checkpoint(path):
             damaged = archive.testzip()  # torch.load does not look at the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
-        with torch.device("cpu"):
-            NETWORKS[settings["arch"]]().load_state_dict(checkpoint["f"])
+        network(settings["arch"]).load_state_dict(checkpoint["f"])
         finite = all(part.isfinite().all() for part in checkpoint["f"].values())
         if damaged or settings["data"] not in DATA or not finite:
             raise ValueError("it is damaged, its data unknown or a weight not finite")
@@ -524,7 +521,8 @@ def save_json(path, rows, protocol):
 
 
 def read_json(paths):
-    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all."""
+    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all, or a row
+    is there twice."""
     rows, protocols = [], []
     for path in paths:
         try:
@@ -541,6 +539,7 @@ def read_json(paths):
             raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
         if protocols[-1] != protocols[0]:
             raise ValueError(f"{path}: its images or attacks are not those of {paths[0]}")
+    grouped(rows)
     return rows, protocols[0]
 
 
@@ -696,13 +695,9 @@ def parse_flags(argv):
         parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
     if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
         parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
-    files = []
-    for text in args.checkpoints:
-        found = [text]
-        if not os.path.exists(text):  # a pattern, where the shell has not put the files in its place
-            found = sorted(glob.glob(text)) or found
-        files += map(Path, found)
-    args.checkpoints = files
+    # what is no file is a pattern, where the shell has not put the files in its place
+    expanded = [[text] if os.path.exists(text) else sorted(glob.glob(text)) or [text] for text in args.checkpoints]
+    args.checkpoints = [Path(name) for names in expanded for name in names]
     return args
 
 
@@ -768,13 +763,9 @@ def evaluate_all(args):
 
 
 def show(args, rows, protocol):
-    """Prints the tables of these rows, and writes what --json and --figures ask for, as far as rows say it."""
+    """Prints the tables of these rows, and draws their curves where --figures asks for them."""
     groups = grouped(rows)
-    try:
-        print("\n".join(report(groups, protocol["attacks"], protocol["caption"])), flush=True)
-    finally:
-        if args.json:
-            save_json(args.json, rows, protocol)
+    print("\n".join(report(groups, protocol["attacks"], protocol["caption"])), flush=True)
     for arch in NETWORKS:
         mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
         if args.figures and mine:
@@ -798,7 +789,10 @@ def main(argv=None):
             data.replace(folder / ".eval", bytes(100_000))
             (folder / ".eval").unlink(missing_ok=True)
         if all(path.suffix == ".json" for path in args.checkpoints):
-            show(args, *read_json(args.checkpoints))
+            rows, protocol = read_json(args.checkpoints)
+            if args.json:
+                save_json(args.json, rows, protocol)
+            show(args, rows, protocol)
         else:
             evaluate_all(args)
     except (OSError, ValueError) as error:

@@ -687,8 +687,6 @@ SMALLEST = [deepfool, brief_cw, brief_ddn, paper_attack]
     (pixels(0.5, -0.42), Y, r"x: values from -0\.42"),
     (pixels(math.nan, 0.5), Y, "x: values from nan"),
     (pixels(200, 3, dtype=torch.uint8), Y, r"x: torch\.uint8"),
-    ([[[[1.0, 0.5]]]], Y, "x: list, expected images"),
-    (pixels(1.0, 0.5), [0], "y: list, expected integers"),
     (torch.rand(3), Y, r"x: torch\.float32 of shape \(3,\)"),
     (pixels(1.0, 0.5), torch.tensor([[0]]), r"y: torch\.int64 of shape \(1, 1\), expected integers of shape \(1,\)"),
     (pixels(1.0, 0.5), torch.tensor([0.0]), r"y: torch\.float32"),
@@ -700,6 +698,12 @@ def test_wrong_images_and_labels_are_refused(method, x, y, says):
         method(plane(), x, y)
 
 
+EVERYWHERE = [*SMALLEST, closest_class, evaluation.error_rate, *train.BASELINES.values(),
+              lambda f, x, y: attack(f, x, y, 0.9), lambda f, x, y: critic_loss(f, x, y, x, y),
+              lambda f, x, y: classifier_loss(f, plane(), x, y, x, lam=1),
+              lambda f, x, y: train_step(f, f, None, None, None, x, y, lam=1)]
+
+
 @pytest.mark.parametrize("net, says", [
     (lambda x: x.flatten(1)[:, :1], r"logits: .* of shape \(1, 1\), expected a tensor \(1, K\) with K >= 2"),
     (lambda x: x.flatten(), r"logits: .* of shape \(2,\)"),
@@ -709,14 +713,17 @@ def test_wrong_images_and_labels_are_refused(method, x, y, says):
     (lambda x: x.detach().flatten(1).requires_grad_(), "f: its logits have no gradient"),
     (lambda x: x.detach().flatten(1), "f: its logits have no gradient")])
 def test_wrong_networks_are_refused(net, says):
-    x, calls = pixels(1.0, 0.5), [*SMALLEST]
-    if says.startswith("logits"):  # advcritic.checked, everywhere
-        calls += [closest_class, evaluation.error_rate, *train.BASELINES.values(),
-                  lambda f, x, y: attack(f, x, y, 0.9), lambda f, x, y: critic_loss(f, x, y, x, y),
-                  lambda f, x, y: classifier_loss(f, plane(), x, y, x, lam=1)]
-    for call in calls:
+    for call in EVERYWHERE if says.startswith("logits") else SMALLEST:
         with pytest.raises(ValueError, match=says):
-            call(net, x, Y)
+            call(net, pixels(1.0, 0.5), Y)
+
+
+def test_what_is_no_tensor_is_refused():
+    for call in EVERYWHERE:
+        with pytest.raises(ValueError, match="x: list, expected images"):
+            call(plane(), [[[[1.0, 0.5]]]], Y)
+        with pytest.raises(ValueError, match="(y|target|label): list, expected"):
+            call(plane(), pixels(1.0, 0.5), [0])
 
 
 @pytest.mark.parametrize("call, says", [
@@ -731,19 +738,12 @@ def test_wrong_networks_are_refused(net, says):
     (lambda f, x: critic_loss(f, x, Y, x, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
     (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16 .*, expected .* float32"),
     (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv: .* of shape \(1, 1, 2\)"),
-    (lambda f, x: attack(f, x, [0], 0.9), "target: list, expected a tensor"),
     (lambda f, x: attack(f, x, Y, [0.9]), "confidence: list"),
     (lambda f, x: evaluation.rho(x, x.tolist()), "x_adv: list"),
     (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.tolist()), "method: list"),
     (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.double()), r"method: torch\.float64"),
-    (lambda f, x: train.pgd(f, x.tolist(), Y), "x: list"),
-    (lambda f, x: attack(f, x.tolist(), Y, 0.9), "x: list, expected images"),
-    (lambda f, x: closest_class(f, x.tolist(), Y), "x: list"),
     (lambda f, x: critic_loss(f, x, Y, x.tolist(), Y), "x_adv: list"),
     (lambda f, x: classifier_loss(f, f, x, Y, x.tolist(), lam=1), "x_adv: list"),
-    (lambda f, x: train_step(f, f, None, None, None, x.tolist(), Y, lam=1), "x: list"),
-    (lambda f, x: train.vat(f, x, 0), "y: int"),
-    (lambda f, x: evaluation.error_rate(f, x.tolist(), Y), "x: list"),
     (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x_adv: .* of shape \(1, 1, 2\), expected x's shape"),
     (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.squeeze(1)), r"method: .* of shape \(1, 1, 2\)"),
     (lambda f, x: evaluation.measure(f, 255 * x, Y, lambda f, x, y: x), "x: values from 127.5 to 255"),
@@ -1170,52 +1170,44 @@ def test_what_is_evaluated(scripts, monkeypatch):
     assert torch.equal(y_near, y_train[10000:]) and torch.equal(x_near, y_near / 30300)
 
 
-def test_results_are_saved_before_anything_is_printed(scripts, monkeypatch, capsys):
-    torch.save({**GOOD, "f": tiny().state_dict()}, "a&b-0.pt")
-    flags = ["a&b-0.pt", "--n", "5", "--attacks", "deepfool", "--figures", "pictures", "--device", "cpu", "--json"]
-
-    def closed(*arguments):
-        raise BrokenPipeError
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "report", closed)
-        assert evaluation.main([*flags, "all.json"]) == 2
-    row, = json.loads(Path("all.json").read_text())["results"]
-    assert row["worst"] == row["deepfool"] > 0 and "paper" not in row
-    assert evaluation.main([*flags, "again.json"]) == 0 and "figure2-a&b-0.png" in capsys.readouterr().out
-    assert sorted(path.name for path in Path("pictures").iterdir()) == [
-        "accuracy-mlp.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
-
-
-def test_what_is_finished_is_printed_whatever_happens(scripts, monkeypatch, capsys):
+def test_what_is_finished_is_saved_and_printed_whatever_happens(scripts, monkeypatch, capsys):
     for seed in (0, 1):
-        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": tiny().state_dict()}, f"net-{seed}.pt")
-    flags = ["net-0.pt", "net-1.pt", *BRIEF, "--json", "all.json"]
-    real, networks = evaluation.evaluate, []
+        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": tiny().state_dict()}, f"a&b-{seed}.pt")
+    flags, real, networks = ["a&b-0.pt", "a&b-1.pt", *BRIEF, "--json", "all.json"], evaluation.evaluate, []
 
     def interrupted(*arguments):
         networks.append(1)
         if len(networks) in (1, 3):
             raise KeyboardInterrupt
         return real(*arguments)
-    monkeypatch.setattr(evaluation, "evaluate", interrupted)
-    assert evaluation.main(flags) == 130  # in the first network: nothing is left
-    assert not Path("all.json").exists() and "Table" not in capsys.readouterr().out
-    assert evaluation.main(flags) == 130  # in the second
-    assert "net, 1 epochs" in capsys.readouterr().out and len(json.loads(Path("all.json").read_text())["results"]) == 1
 
     def full(*arguments):
         raise OSError("no space left")
+
+    def rows():
+        return json.loads(Path("all.json").read_text())["results"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "save_json", full)
-        assert evaluation.main(flags) == 2
-    said = capsys.readouterr()
-    assert "net, 1 epochs" in said.out and "no space left" in said.err
-    for path in ("missing/all.json", "runs.json"):
-        Path("runs.json").mkdir(exist_ok=True)
-        networks.clear()
-        with contextlib.suppress(SystemExit):
-            assert evaluation.main([*flags[:-1], path]) == 2
-        assert path.split("/")[0] in capsys.readouterr().err and networks == []  # known before the first attack
+        patch.setattr(evaluation, "evaluate", interrupted)
+        assert evaluation.main(flags) == 130  # in the first network: nothing is left
+        assert not Path("all.json").exists() and "Table" not in capsys.readouterr().out
+        assert evaluation.main(flags) == 130 and len(rows()) == 1  # in the second
+        assert "a&b, 1 epochs" in capsys.readouterr().out
+        Path("runs.json").mkdir()
+        for path in ("missing/all.json", "runs.json"):
+            networks.clear()
+            with contextlib.suppress(SystemExit):
+                assert evaluation.main([*flags[:-1], path]) == 2
+            assert path.split("/")[0] in capsys.readouterr().err and networks == []  # known before the first attack
+    for fails in ("report", "save_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, fails, full)
+            assert evaluation.main(flags) == 2
+        said = capsys.readouterr()
+        assert "no space left" in said.err and len(rows()) == 2 and ("a&b" in said.out) == (fails == "save_json")
+    assert rows()[0]["worst"] == rows()[0]["deepfool"] and "paper" not in rows()[0]
+    assert evaluation.main(["a&b-0.pt", *BRIEF, "--figures", "pictures"]) == 0
+    assert sorted(path.name for path in Path("pictures").iterdir()) == [
+        "accuracy-mlp.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
 
 
 def test_links_stay_and_what_they_name_is_written(scripts, monkeypatch):
