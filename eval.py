@@ -107,13 +107,8 @@ def fooled(f, x_adv, y):
 def check_images(x):
     """ValueError unless x holds floating-point images (N,...) in [0,1]."""
     expect_images(x)
-    if not inside(x).all():
+    if not ((x >= 0) & (x <= 1)).all():
         raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
-
-
-def inside(x):
-    """True (N,) where all pixels of x are in [0,1]."""
-    return ((x >= 0) & (x <= 1)).flatten(1).all(1)
 
 
 def check_labels(name, y, n, num_classes):
@@ -326,7 +321,8 @@ def measure(f, x, y, method, title=None):
     if title and sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     x_adv = torch.cat(parts).detach()
-    done = fooled(f, x_adv, y) & inside(x_adv)
+    in_box = (x_adv == x_adv.clamp(0, 1)).flatten(1).all(1)
+    done = fooled(f, x_adv, y) & in_box
     length = torch.where(done, l2(wide(x_adv) - wide(x.detach())), torch.inf)
     length = torch.where(right, length, 0)
     return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=length.isinf().sum().item(),
