@@ -508,11 +508,9 @@ def report(groups, attacks, caption):
 
 def save_json(path, rows, protocol):
     """Writes every figure, a line for each row, and how it was measured; null for what is infinite or not a number."""
-    lines = []
-    for row in rows:
-        text = json.dumps(row, default=torch.Tensor.tolist)
-        lines.append(json.dumps(json.loads(text, parse_constant=lambda name: None)))  # JSON has no Infinity and NaN
-    results = ",\n".join(lines)
+    text = json.dumps(rows, default=torch.Tensor.tolist)
+    rows = json.loads(text, parse_constant=lambda name: None)  # JSON has no Infinity and NaN
+    results = ",\n".join(map(json.dumps, rows))
     data.replace(path, f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n'.encode())
 
 
