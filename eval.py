@@ -515,8 +515,7 @@ def save_json(path, rows, protocol):
 
 
 def read_json(paths):
-    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all, or a row
-    is there twice."""
+    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all."""
     rows, protocols = [], []
     for path in paths:
         try:
@@ -533,7 +532,6 @@ def read_json(paths):
             raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
         if protocols[-1] != protocols[0]:
             raise ValueError(f"{path}: its images or attacks are not those of {paths[0]}")
-    grouped(rows)
     return rows, protocols[0]
 
 
@@ -784,9 +782,9 @@ def main(argv=None):
             (folder / ".eval").unlink(missing_ok=True)
         if all(path.suffix == ".json" for path in args.checkpoints):
             rows, protocol = read_json(args.checkpoints)
+            show(args, rows, protocol)  # refuses a row that is there twice
             if args.json:
                 save_json(args.json, rows, protocol)
-            show(args, rows, protocol)
         else:
             evaluate_all(args)
     except (OSError, ValueError) as error:
