@@ -539,8 +539,7 @@ def read_json(paths):
 
 def tile(images, columns):
     """Images (M,1,H,W) in [0,1], in rows of so many columns, twice as large, as one page (H',W')."""
-    height, width = images.shape[2:]
-    page = images.reshape(-1, columns, height, width).transpose(1, 2).reshape(-1, columns * width).cpu()
+    page = torch.vstack([torch.hstack(tuple(row)) for row in images[:, 0].cpu().split(columns)])
     return page.repeat_interleave(2, 0).repeat_interleave(2, 1)
 
 
@@ -605,9 +604,6 @@ def draw(folder, networks, x, y, x_train, y_train):
     return counts
 
 
-COLOURS = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
-
-
 def save_svg(path, title, groups):
     """Writes accuracy against the l2 length of the smallest perturbations, 0 to 2.5, as SVG: a curve for each group of
     rows, labelled at its end, the critic's the thickest."""
@@ -624,12 +620,13 @@ def save_svg(path, title, groups):
     for percent in (0, 25, 50, 75, 100):
         y = 375 - 3.2 * percent
         parts += [line([(70, y), (470, y)], "#ddd", 1), text(60, y + 7, f"{percent}%", "end")]
+    colours = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
     labels = []
     defenses = [group[0]["settings"]["defense"] for group in groups]
     for group, defense in zip(groups, defenses):
         length = torch.cat([row["length"] for row in group])
         points = [(70 + 8 * i, 375 - 320 * share(length > i / 20)) for i in range(51)]
-        colour = COLOURS.get(defense, "grey")
+        colour = colours.get(defense, "grey")
         parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
         labels.append((points[-1][1], defense if defenses.count(defense) == 1 else group[0]["name"], colour))
     bottom = math.inf
