@@ -584,24 +584,23 @@ def figure_4(f, x, y):
             for shows, row in rows.items()]
 
 
-def draw(folder, networks, x, y, x_train, y_train):
-    """Draws Figures 2 and 4 of each network into the folder, and prints what they show. Figure 2's counts of each."""
-    right = torch.stack([classify(f, x, y) == y for f in networks.values()]).all(0)
+def draw(folder, rows, networks, x, y, x_train, y_train):
+    """Draws Figures 2 and 4 of each network into the folder, prints what they show, keeps Figure 2's counts in rows."""
+    right = torch.stack([classify(f, x, y) == y for f in networks]).all(0)
     some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
     x, y = x[some], y[some]
-    counts = []
-    for name, f in networks.items():
+    for row, f in zip(rows, networks):
+        name = Path(row["checkpoint"]).stem
         path = folder / f"figure2-{name}.png"
         page, reached, alike = figure_2(f, x, y, x_train, y_train)
         save_png(path, page)
-        counts.append({"reach 95%": reached, "look like target": alike})
+        row["figure 2"] = {"reach 95%": reached, "look like target": alike}
         print(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others are "
               f"dimmed; {alike} of 90 look like their target")
-        for letter, (shows, row, confidence, count) in zip("abc", figure_4(f, x, y)):
+        for letter, (shows, images, confidence, count) in zip("abc", figure_4(f, x, y)):
             path = folder / f"figure4-{name}-{letter}.png"
-            save_png(path, tile(row, 8))
-            print(f"{path}: {shows}, mean confidence {confidence:.0f}%, {count} of {len(row)} fool the network")
-    return counts
+            save_png(path, tile(images, 8))
+            print(f"{path}: {shows}, mean confidence {confidence:.0f}%, {count} of {len(images)} fool the network")
 
 
 def save_svg(path, title, groups):
@@ -701,11 +700,10 @@ def set_up():
 
 def load_all(args):
     """The networks and settings of all checkpoints, the data's name and its four tensors. OSError, ValueError."""
-    loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
-    names = [path.stem for path in args.checkpoints]
-    if args.figures and len(set(names)) < len(names):
+    networks, settings = zip(*[load_checkpoint(path, args.device) for path in args.checkpoints])
+    if args.figures and len({path.stem for path in args.checkpoints}) < len(networks):
         raise ValueError("--figures: the pictures of two checkpoints of one name would overwrite each other")
-    trained_on = {settings["data"] for _, settings in loaded}
+    trained_on = {info["data"] for info in settings}
     if not args.data and len(trained_on) > 1:
         raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
     source = args.data or trained_on.pop()
@@ -713,27 +711,27 @@ def load_all(args):
         sets = data.load_mnist(args.data_dir)
     else:
         sets = (*data.drawn_digits(20000, seed=0), *data.drawn_digits(10000, seed=1))
-    return loaded, source, [part.to(args.device) for part in sets]
+    return networks, settings, source, [part.to(args.device) for part in sets]
 
 
 def evaluate_all(args):
     """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
-    loaded, source, (x_train, y_train, x, y) = load_all(args)
+    networks, settings, source, (x_train, y_train, x, y) = load_all(args)
     x_train, y_train = x_train[10000:], y_train[10000:]  # without those held out for validation
     order = torch.randperm(10000, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(args.device)
     some = order[:args.n]
     protocol = {"caption": f"{args.n} {source} test images", "images": "the first of torch.randperm(10000), seed 0",
                 "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks}}
     rows, done = [], []
-    for path, (_, settings) in zip(args.checkpoints, loaded):
-        name = str(path.with_suffix("")).removesuffix(f"-{settings['seed']}")
-        published = PUBLISHED.get(f"{settings['arch']} {settings['defense']}", ()) if source == "mnist" else ()
-        rows.append({"name": f"{name}, {settings['epochs']} epochs", "checkpoint": str(path), "settings": settings,
+    for path, info in zip(args.checkpoints, settings):
+        name = str(path.with_suffix("")).removesuffix(f"-{info['seed']}")
+        published = PUBLISHED.get(f"{info['arch']} {info['defense']}", ()) if source == "mnist" else ()
+        rows.append({"name": f"{name}, {info['epochs']} epochs", "checkpoint": str(path), "settings": info,
                      "published": dict(zip(PUBLISHED_COLUMNS, published)), "device": args.device,
                      "torch": torch.__version__})
     grouped(rows)  # refuses those that are given twice
     try:
-        for row, (f, _) in zip(rows, loaded):
+        for row, f in zip(rows, networks):
             row["test error %"] = 100 * error_rate(f, x, y)
             title = f"[{len(done) + 1}/{len(rows)}] {row['checkpoint']}"
             row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, title))
@@ -744,9 +742,7 @@ def evaluate_all(args):
         if done:
             show(args, done, protocol)
     if args.figures:
-        networks = {path.stem: f for path, (f, _) in zip(args.checkpoints, loaded)}
-        for row, counts in zip(rows, draw(args.figures, networks, x[order[:500]], y[order[:500]], x_train, y_train)):
-            row["figure 2"] = counts
+        draw(args.figures, rows, networks, x[order[:500]], y[order[:500]], x_train, y_train)
         if args.json:
             save_json(args.json, rows, protocol)
 
