@@ -434,7 +434,7 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     f = network(checkpoint["settings"]["arch"], device)
     f.load_state_dict(checkpoint["f"])
-    info = dict(checkpoint["settings"])
+    info = checkpoint["settings"]
     if "log" in checkpoint:
         done = max((row["epoch"] for row in checkpoint["log"]), default=0)
         if done < info["epochs"]:
@@ -764,13 +764,10 @@ def main(argv=None):
     args = parse_flags(argv)
     set_up()
     try:
-        folders = []
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
-            folders.append(args.figures)
-        if args.json:
-            folders.append(Path(os.path.realpath(args.json)).parent)
-        for folder in folders:  # what cannot be written is known now, and not after the last attack
+        folders = [args.figures, args.json and Path(os.path.realpath(args.json)).parent]
+        for folder in filter(None, folders):  # what cannot be written is known now, and not after the last attack
             data.replace(folder / ".eval", bytes(100_000))
             (folder / ".eval").unlink(missing_ok=True)
         if all(path.suffix == ".json" for path in args.checkpoints):
