@@ -72,16 +72,16 @@ def mean_rho(x, length):
 
 @torch.no_grad()
 def batched_logits(f, x):
-    """f(x) (N,K), computed in parts that fit into memory."""
+    """f(x) (N,K), computed in parts that fit into memory; for no images, which not every f can take, (0,2)."""
     expect_images(x)
+    if len(x) == 0:
+        return wide(x).new_zeros(0, 2)
     return torch.cat([checked(f, part.clone()) for part in x.split(500)])  # clone: for an f that works in place
 
 
 def classify(f, x, y):
     """The class (N,) that f gives to each image; -1, no class, where its largest logit is infinite or not a number.
     y is only checked: ValueError unless it holds N labels that f knows."""
-    if len(x) == 0:  # which not every f can take
-        return torch.zeros(0, dtype=torch.int64, device=x.device)
     logits = batched_logits(f, x)
     check_labels("y", y, *logits.shape)
     largest, label = logits.max(1)
@@ -127,12 +127,11 @@ def check_labels(name, y, n, num_classes):
 # computes in float32 at least, f gets images in x's type, and x_adv (N,...) in [0,1] is of x's type, detached.
 
 def accept(f, x, name, y):
-    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x; of no
-    images, which not every f can take, without a call of f."""
+    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x."""
     def g(images):
         return checked(f, images.to(x.dtype, copy=True)).to(images.dtype)
     check_images(x)
-    if len(x) == 0:
+    if len(x) == 0:  # as in batched_logits
         return g, wide(x).new_zeros(0, 2)
     with torch.enable_grad():
         start = leaf(wide(x))
