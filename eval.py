@@ -300,8 +300,7 @@ def measure(f, x, y, method, title=None):
     """Attacks the images x with method(f, x, y); with a title it shows its progress on a terminal. A dict:
 
     x_adv    (N,...) what method returned; all that follows is found from it alone
-    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where f is not fooled: x_adv is still
-             classified as y, or not in [0,1]
+    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv does not fool f or leaves [0,1]
     rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
     """
     check_images(x)
@@ -651,8 +650,7 @@ def add_data_flags(parser, default):
     """--data, --data-dir and --device, as train.py has them too."""
     parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download "
                         f"(default {default or 'what the checkpoints were trained on'})")
-    parser.add_argument("--data-dir", metavar="DIR", help="the folder of MNIST's four files (default: $MNIST_DIR, else "
-                        "data)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where MNIST's files are (default: $MNIST_DIR, else data)")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: CUDA where there is one")
 
