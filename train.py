@@ -338,12 +338,9 @@ def parse_flags(argv):
         if given is not None:
             settings[name] = given
     if args.out is None:
-        words = [args.arch, args.defense]
-        if args.quick:
-            words.append("quick")
-        if args.data != "mnist":
-            words.append(args.data)
-        args.out = Path("runs", "-".join([*words, f"{args.seed}.pt"]))
+        quick = "-quick" if args.quick else ""
+        drawn = "-drawn" if args.data == "drawn" else ""
+        args.out = Path("runs", f"{args.arch}-{args.defense}{quick}{drawn}-{args.seed}.pt")
     if args.out.suffix != ".pt":
         parser.error(f"--out {args.out}: expected a name that ends in .pt")
     return args, settings
