@@ -177,11 +177,9 @@ def save(run, out, new=False):
     """The one place where a run is written: its checkpoint, and the log that is in it as CSV, whole, so that no kill
     loses or doubles a row. OSError, also where a new one is there already."""
     checkpoint = {"settings": run.settings, "log": run.log, "random": torch.get_rng_state()}
-    for name, part in run.parts().items():
-        checkpoint[name] = part.state_dict()
-    device = next(run.f.parameters()).device
-    if device.type == "cuda":
-        checkpoint["random_cuda"] = torch.cuda.get_rng_state(device)
+    checkpoint.update({name: part.state_dict() for name, part in run.parts().items()})
+    if next(run.f.parameters()).is_cuda:
+        checkpoint["random_cuda"] = torch.cuda.get_rng_state()
     content = io.BytesIO()
     torch.save(checkpoint, content)
     data.replace(out, content.getbuffer(), new)
@@ -209,9 +207,8 @@ def restore(run, out):
             part.load_state_dict(checkpoint[name])
         run.log = checkpoint["log"]
         torch.set_rng_state(checkpoint["random"])
-        device = next(run.f.parameters()).device
-        if device.type == "cuda" and "random_cuda" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["random_cuda"], device)
+        if next(run.f.parameters()).is_cuda and "random_cuda" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["random_cuda"])
     except Exception as error:  # load_state_dict has many kinds of errors for what is not its own
         raise ValueError(f"{out} is not the whole state of a run, it cannot be resumed ({reason(error)})") from None
 
