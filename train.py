@@ -260,7 +260,8 @@ def train(run, out, x, y, x_val, y_val):
     else:
         begin = len(run.log)  # the critic's epoch 0 is that of pretraining
         columns = ["nll", "fool", "cycle", "critic", "success", "val_error", "rho"]
-    print(f"{'epoch':>5} {'time':>8} {'left':>8}", *(f"{name:>9}" for name in columns), flush=True)
+    layout = "{:>5} {:>8} {:>8}" + " {:>9}" * len(columns)
+    print(layout.format("epoch", "time", "left", *columns), flush=True)
     x_val = x_val.float() / 255
     for epoch in range(begin, epochs + 1):
         began = time.perf_counter()
@@ -273,10 +274,8 @@ def train(run, out, x, y, x_val, y_val):
         run.log.append({"epoch": epoch, "seconds": round(seconds, 1), **row})
         save(run, out)
         left = clock(seconds * (epochs - epoch)) if epoch else ""
-        line = f"{epoch:>5} {clock(seconds):>8} {left:>8}"
-        for name in columns:
-            cell = format(row[name], COLUMNS[name]) if name in row else ""
-            line += f" {cell:>9}"
+        cells = [format(row[name], COLUMNS[name]) if name in row else "" for name in columns]
+        line = layout.format(epoch, clock(seconds), left, *cells)
         if attacked["failed"]:
             line += f"  rho without {attacked['failed']} images that were not fooled"
         if row.get("success", 1) < 0.5 or row["val_error"] > 0.5:
