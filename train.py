@@ -223,7 +223,10 @@ def train_epoch(run, x, y, epoch, to_go=0):
         parts = step(run, epoch, x[batch].float() / 255, y[batch])
         rows.append(torch.stack(list(parts.values())))  # stays on the device: one read an epoch
         if to_go and i in (5, 20):
-            announce(times, rows[-1], len(order) * to_go)
+            rows[-1].tolist()  # the device has computed it
+            times.append(time.perf_counter())
+        if to_go and i == 20:
+            announce((times[1] - times[0]) / 15, len(order) * to_go)
     rows = torch.stack(rows)                            # (steps, parts)
     bad = ~rows.isfinite().all(1)
     if bad.any():
@@ -234,15 +237,11 @@ def train_epoch(run, x, y, epoch, to_go=0):
     return dict(zip(parts, rows.mean(0).tolist()))
 
 
-def announce(times, row, steps):
-    """After the 5th and after the 20th step, once the device has computed row: says how long so many will take."""
-    row.tolist()
-    times.append(time.perf_counter())
-    if len(times) == 2:
-        seconds = (times[1] - times[0]) / 15
-        hint = "; --quick takes minutes" if seconds * steps > 3600 else ""
-        print(f"      {1000 * seconds:.0f} ms a step, so about {clock(seconds * steps)} to go "
-              f"(hours:minutes:seconds){hint}", flush=True)
+def announce(seconds, steps):
+    """Says how long so many steps of so many seconds will take."""
+    hint = "; --quick takes minutes" if seconds * steps > 3600 else ""
+    print(f"      {1000 * seconds:.0f} ms a step, so about {clock(seconds * steps)} to go "
+          f"(hours:minutes:seconds){hint}", flush=True)
 
 
 def clock(seconds):
