@@ -695,8 +695,8 @@ def set_up():
         sys.stdout.reconfigure(errors="replace")
 
 
-def load_all(args):
-    """The networks and settings of all checkpoints, the data's name and its four tensors. OSError, ValueError."""
+def evaluate_all(args):
+    """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
     networks, settings = zip(*[load_checkpoint(path, args.device) for path in args.checkpoints])
     if args.figures and len({path.stem for path in args.checkpoints}) < len(networks):
         raise ValueError("--figures: the pictures of two checkpoints of one name would overwrite each other")
@@ -708,12 +708,7 @@ def load_all(args):
         sets = data.load_mnist(args.data_dir)
     else:
         sets = (*data.drawn_digits(20000, seed=0), *data.drawn_digits(10000, seed=1))
-    return networks, settings, source, [part.to(args.device) for part in sets]
-
-
-def evaluate_all(args):
-    """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
-    networks, settings, source, (x_train, y_train, x, y) = load_all(args)
+    x_train, y_train, x, y = (part.to(args.device) for part in sets)
     x_train, y_train = x_train[10000:], y_train[10000:]  # without those held out for validation
     order = torch.randperm(10000, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(args.device)
     some = order[:args.n]
