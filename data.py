@@ -128,11 +128,8 @@ FONT = """
 
 
 def drawn_digits(n, seed):
-    """n drawn digits, an offline stand-in with MNIST's shapes: x (n,1,28,28) float32 in [0,1], y (n,) int64.
-
-    Each is the glyph of its class in FONT with a random scale, slant, shift, thickness and pixel noise. Deterministic
-    in the seed.
-    """
+    """n drawn digits, an offline stand-in with MNIST's shapes: x (n,1,28,28) float32 in [0,1], y (n,) int64. Each is
+    the glyph of its class in FONT with a random scale, slant, shift, thickness and pixel noise, all set by the seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(low, high, *shape):

@@ -339,9 +339,8 @@ LENGTHS = (1.0, 1.25, 1.5)  # in l2, at which the accuracy is reported
 
 
 def evaluate(f, x, y, attacks, x_train, y_train, title):
-    """What the tables say of f on the images x, y under the named attacks: a dict of figures by the tables' headings.
-    "worst" is rho of each image's smallest perturbation by all attacks but the paper's, and "length" (N,) are the
-    lengths of these, infinite where all failed."""
+    """What the tables say of f on the images x, y under the named attacks, by their headings. "length" (N,) is that of
+    each image's smallest perturbation by all attacks but the paper's, infinite where all failed, "worst" its rho."""
     runs = {name: measure(f, x, y, ATTACKS[name], f"{title} {name}") for name in attacks}
     row = {name: run["rho"] for name, run in runs.items()}
     row["failed"] = {name: run["failed"] for name, run in runs.items()}

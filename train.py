@@ -193,8 +193,7 @@ def save(run, out, new=False):
 
 
 def restore(run, out):
-    """Puts run where a checkpoint left it. ValueError where the checkpoint is of another run or of weights alone,
-    OSError where it is not there."""
+    """Puts run where its checkpoint left it. OSError where there is none, ValueError where it is another run's."""
     checkpoint = read_checkpoint(out)
     theirs, ours = checkpoint["settings"], run.settings
     differ = [f"{name} {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours}
