@@ -16,10 +16,10 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's only complaint where numpy is not
+from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
+                  read_checkpoint, reason, set_up, unit)  # before torch: it filters what torch says without numpy
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from torch import nn
 import data
 from advcritic import (RunningConfidence, boundaries, checked, closest_class, critic, leaf, minimise, per_image, pick,
                        train_step, uniform_class)
-from eval import (NETWORKS, add_data_flags, deepfool, error_rate, l2, measure, network, number, own_and_others,
-                  read_checkpoint, reason, set_up, unit)
 
 BATCH = 100
 
