@@ -161,9 +161,8 @@ def set_learning_rates(run, epoch):
         factor = 0.5 ** len(halved_after)
     else:
         factor = 0.95 ** (100 / epochs * (epoch - 1))
-    for optimizer in (run.adam_f, run.adam_D):
-        if optimizer is not None:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
+    for optimizer in filter(None, (run.adam_f, run.adam_D)):
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
 
 
 COLUMNS = {"loss": ".3f", "nll": ".3f", "fool": ".3f", "cycle": ".3f", "critic": ".3f", "success": ".1%",
