@@ -9,9 +9,7 @@ Prints a line per epoch and, last, the command that measures the network on the 
 import argparse
 import csv
 import dataclasses
-import errno
 import io
-import os
 import shlex
 import signal
 import sys
@@ -361,6 +359,7 @@ def main(argv=None):
     args, settings = parse_flags(argv)
     set_up()
     log = args.out.with_suffix(".csv")
+    taken = "{} is there already and would be overwritten: --resume continues a checkpoint, --out names another"
     try:
         run = start(settings, args.device)
         if args.resume:
@@ -368,10 +367,13 @@ def main(argv=None):
         else:
             for file in (args.out, log):
                 if file.exists():
-                    raise FileExistsError(errno.EEXIST, "", str(file))
+                    raise FileExistsError(taken.format(file))
         sets = load(args.data, args.data_dir, settings["train_images"], args.device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        save(run, args.out, new=not args.resume)  # now, and not after hours: whether it can be written, and is ours
+        try:  # now, and not after hours: whether it can be written, and is ours
+            save(run, args.out, new=not args.resume)
+        except FileExistsError:  # of two that began at once this is the second
+            raise FileExistsError(taken.format(args.out)) from None
         machine = torch.cuda.get_device_name(args.device) if sets[0].is_cuda else f"{torch.get_num_threads()} threads"
         print(f"torch {torch.__version__} on {args.device} ({machine})")
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
@@ -386,10 +388,6 @@ def main(argv=None):
     except FloatingPointError as error:  # --resume would come to the same step
         print(f"train.py: error: {error}; {args.out} keeps the last whole epoch", file=sys.stderr)
     except (OSError, ValueError) as error:
-        ours = [os.path.realpath(file) for file in (args.out, log)]
-        if isinstance(error, FileExistsError) and os.path.realpath(error.filename) in ours:
-            error = (f"{error.filename} is there already and would be overwritten: --resume continues a checkpoint, "
-                     "--out names another")  # also where two began at once, and this is the second
         print(f"train.py: error: {error}", file=sys.stderr)
     return 2
 
