@@ -2,7 +2,7 @@
 
     python eval.py results/*.pt --n 100             four networks in two to three minutes on two CPU cores
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
-    python eval.py all.json other.json              the tables and the curve of these rows again, without an attack
+    python eval.py all.json other.json              the tables of these rows again, without an attack
 
 Prints the tables, the published values in brackets: a line for each defense and network, with mean±standard deviation
 over checkpoints that differ only in the seed. The attacks are functions of any classifier f, images x and labels y.
@@ -676,7 +676,7 @@ def parse_flags(argv):
     args.attacks = list(dict.fromkeys((args.attacks or default).split(",")))  # each of them once
     unknown = {*args.attacks} - {*ATTACKS}
     if unknown:
-        parser.error(f"--attacks: unknown {', '.join(unknown)}: choose from {','.join(ATTACKS)}")
+        parser.error(f"--attacks: unknown {', '.join(sorted(unknown))}: choose from {','.join(ATTACKS)}")
     if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
         parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
     # what is no file is a pattern, where the shell has not put the files in its place
@@ -686,7 +686,7 @@ def parse_flags(argv):
 
 
 def set_up():
-    """For both scripts: float32 means float32, also in a GPU's convolutions, and a screen takes any letter."""
+    """For both scripts: torch's own defaults, float32 also in a GPU's convolutions, a screen that takes any letter."""
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     torch.backends.cudnn.allow_tf32 = False
@@ -701,7 +701,7 @@ def evaluate_all(args):
         raise ValueError("--figures: the pictures of two checkpoints of one name would overwrite each other")
     trained_on = {info["data"] for info in settings}
     if not args.data and len(trained_on) > 1:
-        raise ValueError(f"the checkpoints were trained on {' and '.join(trained_on)}: name one with --data")
+        raise ValueError(f"the checkpoints were trained on {' and '.join(sorted(trained_on))}: name one with --data")
     source = args.data or trained_on.pop()
     if source == "mnist":
         sets = data.load_mnist(args.data_dir)
