@@ -1,21 +1,22 @@
 """The tests, in the order of the paper: each against a closed form, a finite difference in float64, a count from the
 paper or an independent recomputation, and at the end the scripts as a user runs them.
 
-    pytest      about a minute on one core, no network; a few tests want MNIST's folder in MNIST_DIR
+    pytest      about a minute on one core, no network; one test wants MNIST's folder in MNIST_DIR
 """
+import collections
 import copy
-import contextlib
 import csv
 import functools
 import gzip
 import hashlib
-import inspect
 import io
+import itertools
 import json
 import math
 import os
 import re
 import shlex
+import statistics
 import struct
 import subprocess
 import sys
@@ -41,12 +42,12 @@ from advcritic import (GaussianNoise, RunningConfidence, attack, attack_step, bo
 from eval import carlini_wagner, ddn, deepfool, high_confidence_attack, paper_attack
 
 HERE = Path(__file__).parent
-needs_mnist = pytest.mark.skipif(not os.environ.get("MNIST_DIR"),
-                                 reason="MNIST_DIR is not set to the folder of MNIST's four files")
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     torch.manual_seed(0)
 
 
@@ -72,6 +73,17 @@ def convolutional():  # LeNet's kinds of layers
     return classifier(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
 
 
+def plane(dtype=torch.float32):
+    """Two pixels and two classes: f(x) = x, so that the boundary is x0 = x1."""
+    f = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).to(dtype)
+    f[1].weight.data[:], f[1].bias.data[:] = torch.eye(2), 0
+    return f
+
+
+def pixels(*values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype).view(1, 1, 1, 2)
+
+
 def jacobian(f, x):
     """f's logits (K,) and their gradients (K,d) at one image x, by torch's own function."""
     return f(x[None])[0], torch.autograd.functional.jacobian(lambda x: f(x[None])[0], x).flatten(1)
@@ -82,9 +94,8 @@ def distances(f, x, y):
     rows = []
     for image, label in zip(x, y):
         z, W = jacobian(f, image)
-        rows.append([math.inf if k == label else ((z[k] - z[label]).abs() / (W[k] - W[label]).norm()).item()
-                     for k in range(len(z))])
-    return torch.tensor(rows, dtype=torch.float64)
+        rows.append(((z - z[label]).abs() / (W - W[label]).norm(dim=1)).index_fill(0, label, math.inf))
+    return torch.stack(rows).detach()
 
 
 def pick(logits, k):
@@ -110,44 +121,66 @@ def assert_same_gradients(weights, *values, **tolerance):
         torch.testing.assert_close(g, h, **tolerance)
 
 
-# --- Figure 3 and Eq. 4: the critic -------------------------------------------------------------------------------
+# --- The networks; Eq. 4, the critic ------------------------------------------------------------------------------
 
-def test_critic_is_that_of_figure_3():
-    """Noise on the input of each layer, in training alone, and leaky ReLU after the hidden ones."""
-    D, x = critic(), torch.rand(3, 1, 28, 28)
-    state, h, no_noise = torch.get_rng_state(), x.flatten(1), x.flatten(1)
-    found = D(x)
+def test_networks_layer_by_layer():
+    """The critic has noise on the input of each layer, in training alone, and leaky ReLU after the hidden ones."""
+    for net, count in ((mlp(), 3_836_410), (lenet(), 582_026), (critic(), 2_395_210)):
+        assert sum(p.numel() for p in net.parameters()) == count and net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+        for layer in (layer for layer in net if hasattr(layer, "weight")):  # He: variance 2 / fan-in
+            assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.weight[0].numel()), rel=0.1)
+            assert layer.bias.abs().max() == 0
+
+    x, net = torch.rand(3, 1, 28, 28), lenet()
+    conv1, conv2, dense, last = (layer for layer in net if hasattr(layer, "weight"))
+    h = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
+    torch.testing.assert_close(net(x), last(F.relu(dense(h.flatten(1)))))
+    for net, noise, slope in ((mlp(), [0] * 4, 0), (critic(), [0.1, 0.5, 0.5], 0.2), (critic().eval(), [0] * 3, 0.2)):
+        state, h = torch.get_rng_state(), x.flatten(1)
+        found = net(x)
+        torch.set_rng_state(state)
+        for layer, std in zip((layer for layer in net if isinstance(layer, nn.Linear)), noise, strict=True):
+            h = layer(h + std * torch.randn_like(h))
+            if layer.out_features > 10:
+                h = F.leaky_relu(h, slope)
+        torch.testing.assert_close(found, h)
+
+
+def test_conv_pool_is_convolution_and_pooling_with_their_derivatives():
+    conv, row = nn.Conv2d(1, 32, 5).double(), torch.arange(28)
+    conv.weight.data.normal_(0, 2).round_()  # whole numbers: equal values of a pooling window are equal to the bit
+    x = torch.randint(3, (20, 1, 28, 28)).double()
+    x[:5, :, :9] = 0
+    x[5:10] = ((row + row[:, None]) % 3).double()  # equal along a diagonal of the window
+    cotangent, outcomes = torch.randn(20, 32, 12, 12).double(), []
+    for layer in (nn.Sequential(conv, nn.MaxPool2d(2)), evaluation.ConvPool(conv)):
+        x_i = x.clone().requires_grad_()
+        y = layer(x_i)
+        grad, = torch.autograd.grad((y * cotangent).sum(), x_i, create_graph=True)
+        outcomes.append((y, grad, *torch.autograd.grad(grad.square().sum() + y.square().sum(), layer.parameters())))
+    for expected, actual in zip(*outcomes):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    f, g = lenet(), evaluation.network("lenet")
+    g.load_state_dict(f.state_dict())
+    torch.testing.assert_close(g(x.float()), f(x.float()))
+    assert type(g[0]) is evaluation.ConvPool and type(evaluation.network("lenet", "meta")[0]) is nn.Conv2d
+
+
+def test_critic_loss_image_by_image_and_its_gradient():
+    """On a critic that is not linear, with noise: its gradients differ from place to place and from draw to draw."""
+    D, x, x_adv, y, y_adv = smooth(), images(3), images(3), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
+    noisy, state, parts = nn.Sequential(nn.Flatten(), GaussianNoise(0.5), *D[1:]), torch.get_rng_state(), []
+    for where, label, sign in ((x, y, -1), (x_adv, y_adv, 1)):
+        for image, k in zip(where.flatten(1) + 0.5 * torch.randn(3, 64, dtype=torch.float64), label):
+            z, W = jacobian(D[1:], image)
+            parts += [(1 + (sign * z[k]).exp()).log() / 3, 7 * (W[k].norm() - 1) ** 2 / 3]
     torch.set_rng_state(state)
-    for layer, std in zip((layer for layer in D if isinstance(layer, nn.Linear)), (0.1, 0.5, 0.5), strict=True):
-        h, no_noise = layer(h + std * torch.randn_like(h)), layer(no_noise)
-        if layer.out_features > 10:
-            h, no_noise = F.leaky_relu(h, 0.2), F.leaky_relu(no_noise, 0.2)
-    torch.testing.assert_close(found, h)
-    torch.testing.assert_close(D.eval()(x), no_noise)
-
-
-def test_gradient_penalty():
-    D, x, y = smooth(), images(5).requires_grad_(), torch.tensor([0, 1, 2, 3, 0])
-    check_gradient(lambda: gradient_penalty(pick(D(x), y), x), list(D.parameters()))
+    assert critic_loss(noisy, x, y, x_adv, y_adv, lambda_grad=7).item() == pytest.approx(sum(parts).item())
+    x.requires_grad_()
+    assert torch.autograd.grad(critic_loss(D, x, y, 1 * x, y_adv), x, allow_unused=True) == (None,)  # both detached
+    check_gradient(lambda: critic_loss(D, x, y, x_adv, y_adv), list(D.parameters()))
     flat = gradient_penalty(0 * pick(D(x), y), x)  # its gradient is 0, where the root has no derivative
     assert flat.item() == pytest.approx(1, rel=1e-5) and torch.autograd.grad(flat, D[1].weight)[0].isfinite().all()
-
-
-def test_penalty_is_taken_at_the_images_and_on_the_logits_of_the_loss():
-    """A critic that is not linear, with noise: its gradients differ from place to place and from draw to draw."""
-    noisy, calls, x, x_adv = nn.Sequential(nn.Flatten(), GaussianNoise(0.5), *smooth()[1:]), [], images(3), images(3)
-    y, y_adv, state, halves = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), torch.get_rng_state(), []
-    for where, label in ((x, y), (x_adv, y_adv)):
-        noise = 0.5 * torch.randn(3, 64, dtype=torch.float64).view_as(x)
-        rows = [jacobian(noisy[2:], (where + noise)[i].flatten()) for i in range(3)]
-        sign = -1 if where is x else 1
-        halves += [sum((1 + (sign * z[k]).exp()).log() for (z, _), k in zip(rows, label)) / 3,
-                   10 * sum((W[k].norm() - 1) ** 2 for (_, W), k in zip(rows, label)) / 3]
-    torch.set_rng_state(state)
-    loss = critic_loss(lambda x: (calls.append(1), noisy(x))[1], x, y, x_adv, y_adv)
-    assert loss.item() == pytest.approx(sum(halves).item()) and len(calls) == 2
-    x.requires_grad_()
-    assert torch.autograd.grad(critic_loss(noisy, x, y, 1 * x, y_adv), x, allow_unused=True) == (None,)  # both detached
 
 
 # --- Eq. 5 and Eq. 6 ----------------------------------------------------------------------------------------------
@@ -171,27 +204,23 @@ def test_classifier_loss_image_by_image():
     assert loss.item() == pytest.approx(expected.item())
     assert_same_gradients(weights, loss, expected)  # also through the confidence of the way back
 
-
-def test_no_attack_succeeds_then_both_terms_are_zero():
-    f, D, x, y = smooth(), smooth(), images(5), torch.arange(5)
-    x_adv = attack(f, x, f(x).argmax(1), 1e-6, create_graph=True)  # reached from the start: x_adv = x
+    x_adv = attack(f, x, label, 1e-6, create_graph=True)  # reached from the start: x_adv = x, no attack succeeds
     loss, parts = classifier_loss(f, D, x, y, x_adv, lam=0.5)
     assert (parts["fool"], parts["cycle"], parts["success"]) == (0, 0, 0) and loss.item() == parts["nll"].item()
-    assert_same_gradients(list(f.parameters()), loss, F.cross_entropy(f(x), y))
+    assert_same_gradients(weights, loss, nll)
 
 
 # --- Eq. 7 and Algorithm 1 ----------------------------------------------------------------------------------------
 
 def test_one_step_of_equation_7_by_hand():
-    f = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).double()
+    f = plane(torch.float64)
     f[1].weight.data[:], f[1].bias.data[:] = torch.tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.tensor([0.5, -0.5])
     z0, z1 = 0.3 + 2 * 0.2 + 0.5, -0.3 + 0.2 - 0.5  # the two logits at x = (0.3, 0.2)
     p = math.exp(z1) / (math.exp(z0) + math.exp(z1))
     w = [(1 - p) * (-1 - 1), (1 - p) * (1 - 2)]     # grad log p_1 = (1 - p_1)(W_1 - W_0)
     n = math.sqrt(1e-8 + w[0] ** 2 + w[1] ** 2)
     length = 1e-4 + (math.log(0.9) - math.log(p)) / n
-    x, target = torch.tensor([0.3, 0.2]).double().view(1, 1, 1, 2), torch.tensor([1])
-    r_i, p_i, logits = attack_step(f, x, target, 0.9)
+    r_i, p_i, logits = attack_step(f, pixels(0.3, 0.2, dtype=torch.float64), torch.tensor([1]), 0.9)
     assert r_i.flatten().tolist() == pytest.approx([length * w[0] / n, length * w[1] / n])
     assert p_i.item() == pytest.approx(p) and logits.flatten().tolist() == pytest.approx([z0, z1])
 
@@ -217,37 +246,29 @@ def test_gradient_of_the_attack_with_respect_to_weights_and_confidence():
     f, x, C = smooth(), images(12), torch.linspace(0.4, 0.95, 12).double()
     target, v = closest_class(f, x, f(x).argmax(1)), torch.randn_like(x)
     C[::3] = 1.0  # never reached
-    C.requires_grad_()
     x_adv, trace = walk(f, x, target, C)
     assert torch.stack([below for _, _, below in trace]).prod(0).unique().numel() == 2  # some reach C, some do not
+    for tensor in (x, C):
+        tensor.requires_grad_()
     for create_graph in (False, True):
         found = attack(f, x, target, C, steps=4, create_graph=create_graph)
         assert torch.allclose(found, x_adv, rtol=0, atol=1e-12) and found.requires_grad == create_graph
-    leaf = x.clone().requires_grad_()
-    of_x = attack(f, leaf, target, C, steps=4, create_graph=True)
-    assert torch.autograd.grad(of_x.sum(), leaf, allow_unused=True) == (None,)  # x is a constant
+    assert torch.autograd.grad(found.sum(), x, retain_graph=True, allow_unused=True) == (None,)  # x is a constant
     check_gradient(lambda: (found * v).sum(), [*f.parameters(), C], lambda: (walk(f, x, target, C, trace)[0] * v).sum())
 
 
 # --- Section 4: the target, the confidence, alternating minimisation ----------------------------------------------
 
-def test_boundaries_and_the_closest_class():
-    for f in (linear(), smooth()):
-        x = images(20)
-        y = f(x).argmax(1)
-        gap, norm, w = boundaries(f, x, y)
-        closest = closest_class(f, x, y)
-        assert torch.equal(closest, distances(f, x, y).argmin(1)) and closest.unique().numel() > 1
-        for i in range(20):
-            z, W = jacobian(f, x[i])
-            assert torch.allclose(gap[i], z[y[i]] - z) and torch.allclose(norm[i], (W[y[i]] - W).norm(dim=1))
-            assert torch.allclose(w[i].flatten(), W[closest[i]] - W[y[i]])
-
-
-def test_uniform_targets_are_all_the_other_classes():
-    f, x, label = linear(10), images(500), torch.arange(10).repeat(50)
-    target = uniform_class(f, x, label)
-    assert (target != label).all() and target.unique().numel() == 10 and target[label == 3].unique().numel() == 9
+def test_boundaries_and_targets():
+    f, x, y = smooth(), images(20), torch.arange(20) % 5
+    gap, norm, w = boundaries(f, x, y)
+    closest, uniform = closest_class(f, x, y), uniform_class(f, x.repeat(100, 1, 1, 1), y.repeat(100))
+    assert torch.equal(closest, distances(f, x, y).argmin(1)) and closest.unique().numel() > 1
+    for i in range(20):
+        z, W = jacobian(f, x[i])
+        assert torch.allclose(gap[i], z[y[i]] - z) and torch.allclose(norm[i], (W[y[i]] - W).norm(dim=1))
+        assert torch.allclose(w[i].flatten(), W[closest[i]] - W[y[i]])
+        assert {*uniform[i::20].tolist()} == {*range(5)} - {y[i].item()}
 
 
 def test_running_confidence_by_hand():
@@ -263,38 +284,37 @@ def test_running_confidence_by_hand():
 def test_train_step_by_hand():
     """Both players move by SGD on their losses, the critic first, but not what requires no gradient; and the attack
     aims at the running confidence of its target after this batch's update."""
-    def moved(net, loss, lr):  # the state of net after one step of SGD
-        trained = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
-        state = copy.deepcopy(net.state_dict())
-        for name, grad in zip(trained, torch.autograd.grad(loss, trained.values(), retain_graph=True)):
-            state[name] -= lr * grad
-        return state
     f, D, x, y = smooth(), smooth(), images(12), torch.arange(12) % 5
     f[1].bias.requires_grad_(False)
     D[3].requires_grad_(False)
+    f_new, D_new = copy.deepcopy(f), copy.deepcopy(D)
     confidence, mean = RunningConfidence(5), torch.tensor([0.01, 0.01, 0.7, 0.8, 0.9])
     confidence.mean.copy_(mean)
-    probability, label = f(x).detach().softmax(1).max(1)
-    for k in label.unique():
-        mean[k] = 0.5 * mean[k] + 0.5 * probability[label == k].mean()
-    target = closest_class(f, x, label)
-    x_adv = attack(f, x, target, mean[target], steps=3, create_graph=True)
-
-    loss_D, D_new = critic_loss(D, x, y, x_adv, f(x_adv).argmax(1), lambda_grad=2), copy.deepcopy(D)
-    grad_D, = torch.autograd.grad(loss_D, D[1].weight, retain_graph=True)
-    D_new.load_state_dict(moved(D, loss_D, 0.3))
-    loss_f, parts = classifier_loss(f, D_new, x, y, x_adv, lam=0.7, lambda_rec=0.2, steps=3)
-    f_new = moved(f, loss_f, 0.2)
-
     found = train_step(f, D, confidence, torch.optim.SGD(f.parameters(), lr=0.2),
                        torch.optim.SGD(D.parameters(), lr=0.3), x, y, lam=0.7, lambda_rec=0.2, lambda_grad=2, steps=3)
-    torch.testing.assert_close(dict(f.state_dict()), dict(f_new))
-    torch.testing.assert_close(dict(D.state_dict()), dict(D_new.state_dict()))
+
+    def descend(net, loss, lr):
+        trained = [weight for weight in net.parameters() if weight.requires_grad]
+        grads = torch.autograd.grad(loss, trained)
+        for weight, grad in zip(trained, grads):
+            weight.data -= lr * grad
+        return grads
+    probability, label = f_new(x).detach().softmax(1).max(1)
+    for k in label.unique():
+        mean[k] = 0.5 * mean[k] + 0.5 * probability[label == k].mean()
+    target = closest_class(f_new, x, label)
+    x_adv = attack(f_new, x, target, mean[target], steps=3, create_graph=True)
+    loss_D = critic_loss(D_new, x, y, x_adv, f_new(x_adv).argmax(1), lambda_grad=2)
+    grads_D = descend(D_new, loss_D, 0.3)
+    loss_f, parts = classifier_loss(f_new, D_new, x, y, x_adv, lam=0.7, lambda_rec=0.2, steps=3)
+    descend(f_new, loss_f, 0.2)
+    for net, expected in ((f, f_new), (D, D_new)):
+        torch.testing.assert_close(net.state_dict(), expected.state_dict())
     assert 0 < parts["success"] < 1 and torch.allclose(confidence.mean, mean)
     assert {name: part.item() for name, part in found.items()} == pytest.approx(
         {name: part.item() for name, part in {**parts, "critic": loss_D}.items()})
     assert not any(part.requires_grad for part in found.values())
-    torch.testing.assert_close(D[1].weight.grad, grad_D)  # the classifier's step left nothing in the critic
+    torch.testing.assert_close(D[1].weight.grad, grads_D[0])  # the classifier's step left nothing in the critic
 
 
 def test_optimizers_of_other_networks_are_refused():
@@ -319,58 +339,17 @@ def test_a_step_reads_nothing_back_and_mixes_no_devices(monkeypatch, defense):
         assert all(part.is_meta and part.shape == () for part in parts.values())
 
 
-# --- Section 5: networks, the other defenses, schedule ------------------------------------------------------------
+# --- Section 5: the other defenses, schedule ----------------------------------------------------------------------
 
-def test_networks():
-    for net, count in ((mlp(), 3_836_410), (lenet(), 582_026), (critic(), 2_395_210)):
-        assert sum(p.numel() for p in net.parameters()) == count and net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-        for layer in (layer for layer in net if hasattr(layer, "weight")):  # He: variance 2 / fan-in
-            assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.weight[0].numel()), rel=0.1)
-            assert layer.bias.abs().max() == 0
-
-    x, (f, net) = torch.rand(3, 1, 28, 28), (mlp(), lenet())
-    *hidden, last = (layer for layer in f if isinstance(layer, nn.Linear))
-    h = x.flatten(1)
-    for layer in hidden:
-        h = F.relu(layer(h))
-    torch.testing.assert_close(f(x), last(h))
-    conv1, conv2, dense, last = (layer for layer in net if hasattr(layer, "weight"))
-    h = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
-    torch.testing.assert_close(net(x), last(F.relu(dense(h.flatten(1)))))
-
-
-def test_conv_pool_is_convolution_and_pooling_with_their_derivatives():
-    conv, row = nn.Conv2d(1, 32, 5).double(), torch.arange(28)
-    conv.weight.data.normal_(0, 2).round_()  # whole numbers: equal values of a pooling window are equal to the bit
-    x = torch.randint(3, (20, 1, 28, 28)).double()
-    x[:5, :, :9] = 0
-    x[5:10] = ((row + row[:, None]) % 3).double()  # equal along a diagonal of the window
-    cotangent, outcomes = torch.randn(20, 32, 12, 12).double(), []
-    for layer in (nn.Sequential(conv, nn.MaxPool2d(2)), evaluation.ConvPool(conv)):
-        x_i = x.clone().requires_grad_()
-        y = layer(x_i)
-        grad, = torch.autograd.grad((y * cotangent).sum(), x_i, create_graph=True)
-        outcomes.append((y, grad, *torch.autograd.grad(grad.square().sum() + y.square().sum(), layer.parameters())))
-    for expected, actual in zip(*outcomes):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    f, g = lenet(), evaluation.network("lenet")
-    g.load_state_dict(f.state_dict())
-    torch.testing.assert_close(g(x.float()), f(x.float()))
-    assert type(g[0]) is evaluation.ConvPool and type(evaluation.network("lenet", "meta")[0]) is nn.Conv2d
-
-
-def test_at_on_a_linear_model():
-    f, x, y = linear(K=2), images(6), torch.tensor([0, 1, 0, 1, 1, 0])
-    W, loss = f[1].weight, train.at(f, x, y)
-    x_adv = x + 0.1 * (W[1 - y] - W[y]).sign().view_as(x)  # the sign of grad NLL = (1 - p_y)(W_k - W_y)
-    expected = F.cross_entropy(f(x), y) + F.cross_entropy(f(x_adv), y)
+def test_at_and_margin_on_a_linear_model():
+    f, x = linear(), images(6)
+    f[1].weight.data *= 30
+    y = (f(x).argmax(1) + torch.arange(6) % 2) % 5  # some are beyond the margin
+    W, z, loss = f[1].weight, f(x), train.at(f, x, y)
+    x_adv = x + 0.1 * ((z.softmax(1) - F.one_hot(y, 5)) @ W).sign().view_as(x)  # the sign of grad NLL
+    expected = F.cross_entropy(z, y) + F.cross_entropy(f(x_adv.detach()), y)
     assert loss.item() == pytest.approx(expected.item())
     assert_same_gradients(list(f.parameters()), loss, expected)
-
-
-def test_margin_on_a_linear_model_and_its_gradient():
-    f, x, y = linear(), images(6), torch.tensor([0, 1, 0, 1, 1, 0])
-    W, z = f[1].weight, f(x)
     loss = sum(max(0, 1 - z[i, y[i]] + max(z[i, k] for k in range(5) if k != y[i]))
                + 0.1 * max((W[y[i]] - W[k]).square().sum() for k in range(5)) for i in range(6)) / 6
     assert train.margin(f, x, y).item() == pytest.approx(loss.item())
@@ -422,15 +401,9 @@ def test_adam_and_learning_rates():
         assert one.adam_f.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.95 ** power)
 
 
-def test_a_step_gets_the_settings_of_its_run(monkeypatch):
-    seen, flags = {}, "--lam 1 --lambda-rec 2 --lambda-grad 3 --attack-steps 4 --target uniform"
-    monkeypatch.setattr(train, "train_step", lambda *networks, **options: seen.update(options))
-    train.step(train.start(train.parse_flags(flags.split())[1], "cpu"), 1, None, None)
-    assert seen == dict(lam=1, lambda_rec=2, lambda_grad=3, steps=4, choose_target=uniform_class)
-
-
-def test_pretraining_is_plain_nll_and_fills_the_confidence():
-    run, x, y = train.start(train.parse_flags([])[1], "cpu"), torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+def test_pretraining_is_plain_nll_and_fills_the_confidence_and_later_steps_get_the_settings(monkeypatch):
+    flags, seen = "--lam 1 --lambda-rec 2 --lambda-grad 3 --attack-steps 4 --target uniform".split(), {}
+    run, x, y = train.start(train.parse_flags(flags)[1], "cpu"), torch.rand(20, 1, 28, 28), torch.arange(20) % 10
     logits, D, confidence = run.f(x).detach(), copy.deepcopy(run.D.state_dict()), RunningConfidence(10)
     confidence.update(logits)
     parts = train.step(run, 0, x, y)
@@ -438,6 +411,9 @@ def test_pretraining_is_plain_nll_and_fills_the_confidence():
     assert F.cross_entropy(run.f(x), y) < parts["nll"]  # f moved, downhill
     assert torch.allclose(run.confidence.mean, confidence.mean) and confidence.mean.min() < 1
     assert all(torch.equal(weight, D[name]) for name, weight in run.D.state_dict().items())
+    monkeypatch.setattr(train, "train_step", lambda *networks, **options: seen.update(options))
+    train.step(run, 1, x, y)
+    assert seen == dict(lam=1, lambda_rec=2, lambda_grad=3, steps=4, choose_target=uniform_class)
 
 
 def test_the_first_10000_images_are_held_out(monkeypatch):
@@ -471,35 +447,11 @@ def test_a_run_of_two_epochs(monkeypatch, tmp_path):
 # --- Section 5: the attacks of the evaluation ---------------------------------------------------------------------
 
 def test_defaults_are_those_of_the_paper():
-    def defaults(function):
-        parameters = inspect.signature(function).parameters.items()
-        return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
-    assert defaults(attack) == dict(steps=5, overshoot=0.05, create_graph=False)
-    assert defaults(classifier_loss) == dict(lambda_rec=0.01, steps=5)
-    assert defaults(train_step) == dict(lambda_rec=0.01, lambda_grad=10.0, steps=5, choose_target=closest_class)
-    assert defaults(deepfool) == defaults(high_confidence_attack) == dict(steps=500, max_step=0.1, overshoot=0.02)
-    assert defaults(carlini_wagner) == dict(steps=1000, search_steps=9, lr=0.01) and defaults(ddn) == dict(steps=1000)
-    assert defaults(train.vat) == dict(eps=2.0, xi=1e-2)
-
-
-some_cw, some_ddn = functools.partial(carlini_wagner, steps=400, lr=0.003), functools.partial(ddn, steps=200)
-brief_cw = functools.partial(carlini_wagner, steps=30, search_steps=5, lr=0.05)
-brief_ddn = functools.partial(ddn, steps=100)
-
-
-@pytest.mark.parametrize("method, above", [
-    (deepfool, 1.04), (functools.partial(deepfool, max_step=None), 1.04), (some_cw, 1.015), (some_ddn, 1.015)])
-def test_smallest_perturbations_of_a_linear_model(method, above):
-    f, x = linear(), 0.3 + 0.4 * images(40)  # away from the ends of the box
-    f[1].bias.data += torch.tensor([0.5, 0, 0, 0, 0]) - 50  # y's logit is negative: a masked 0 must not count as rival
-    for weight in f.parameters():
-        weight.data *= 30                                   # so sure that NLL points to the closest class
-    y = f(x).argmax(1)
-    distance, x_adv = distances(f, x, y).amin(1), method(f, x, y)
-    length = (x_adv - x).flatten(1).norm(dim=1)
-    assert distance.max() > 0.15  # more than one of DeepFool's steps of 0.1
-    assert (f(x_adv).argmax(1) != y).all() and (length > distance).all() and length.mean() < above * distance.mean()
-    assert torch.equal(method(f, x, (y + 1) % 5), x)  # f is wrong at x
+    for function, defaults in {
+            attack: (5, 0.05, False), critic_loss: (10.0,), classifier_loss: (0.01, 5),
+            train_step: (0.01, 10.0, 5, closest_class), deepfool: (500, 0.1, 0.02), ddn: (1000,),
+            high_confidence_attack: (500, 0.1, 0.02), carlini_wagner: (1000, 9, 0.01), train.vat: (2.0, 1e-2)}.items():
+        assert getattr(function, "__wrapped__", function).__defaults__ == defaults
 
 
 @pytest.mark.parametrize("max_step", [0.1, None])
@@ -528,6 +480,7 @@ def test_deepfool_image_by_image(max_step):
 def test_carlini_wagner_image_by_image():
     """Adam by hand, and of each image the shortest that any step of any search found."""
     f, x = smooth(), images(6).round() * 0.8
+    f[3].bias.data -= 50  # all logits are negative: a masked 0 must not count as a rival
     y, expected = f(x).argmax(1), []
     for image, label in zip(x, y):
         low, c, high, best = 0, 1e-3, math.inf, None
@@ -580,6 +533,9 @@ def test_high_confidence_attack_ends_inside_the_box_at_its_confidence():
     assert (f(x_adv).argmax(1) == target).all() and (pick(f(x_adv).softmax(1), target) >= 0.6).all()
     low = high_confidence_attack(f, x, target, 0.01)  # reached at once, yet it goes on until it is the class
     assert (f(low).argmax(1) == target).all()
+    root = high_confidence_attack(lambda x: x.sqrt().flatten(1), pixels(0.01, 0.9), torch.tensor([1]), 0.99,
+                                  max_step=None)
+    assert root.isfinite().all() and root.min() == 0  # has no derivative at 0, where the first step ends
 
 
 @pytest.mark.parametrize("max_step", [0.1, None])
@@ -591,9 +547,7 @@ def test_high_confidence_attack_step_by_step(max_step):
         r_i, p, _ = attack_step(f, expected, target, 0.999)
         assert (p < 0.999).all()
         length = r_i.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        if max_step:
-            r_i = torch.where(length > max_step, max_step * r_i / length, r_i)
-        expected = (expected + 1.02 * r_i).clamp(0, 1)
+        expected = (expected + 1.02 * r_i / length * length.clamp(max=max_step or math.inf)).clamp(0, 1)
     x_adv = high_confidence_attack(f, x, target, 0.999, steps=2, max_step=max_step)
     assert torch.allclose(x_adv, expected, rtol=0, atol=1e-12)
 
@@ -606,30 +560,19 @@ def test_paper_attack_goes_to_the_closest_class_and_the_clean_confidence(monkeyp
     there = f(expected).argmax(1) == target
     assert there.sum() > 10 and torch.equal(x_adv[there], expected[there]) and torch.equal(x_adv[~there], x[~there])
     assert (pick(f(x_adv).softmax(1), target) >= C)[there].double().mean() > 0.9
-    other = x.clone()
-    other[:] = x[(f(x).argmax(1) != y[0]) & (f(x).argmax(1) != target[0])][:1]  # for image 0 a third class
-    monkeypatch.setattr(evaluation, "high_confidence_attack", lambda f, x, target, confidence: other[:len(x)])
+    third = x[(y != y[0]) & (y != target[0])][:1]  # of another class than image 0 and its target
+    monkeypatch.setattr(evaluation, "high_confidence_attack", lambda *arguments: third)
     assert torch.equal(paper_attack(f, x[:1], y[:1]), x[:1])
-
-
-def test_attacks_on_black_and_white_pixels_and_on_a_classifier_that_is_sure():
-    f, x = linear().float(), images(20).float().round()
-    f[1].weight.data *= 1000  # p_y is 1 in float32, and the gradient of log p_y is 0
-    y = f(x).argmax(1)
-    for method in (deepfool, functools.partial(carlini_wagner, steps=200, lr=0.05), some_ddn):
-        x_adv = method(f, x, y)
-        assert (f(x_adv).argmax(1) != y).all() and x_adv.min() >= 0 and x_adv.max() <= 1
 
 
 # --- What holds for every attack ----------------------------------------------------------------------------------
 
-def to_closest(f, x, y, method=attack):
-    return method(f, x, closest_class(f, x, y), 0.9)
-
-
+brief_cw = functools.partial(carlini_wagner, steps=30, search_steps=5, lr=0.05)
+brief_ddn = functools.partial(ddn, steps=100)
+SMALLEST = [deepfool, brief_cw, brief_ddn, paper_attack]
 every_attack = pytest.mark.parametrize("method", [
-    to_closest, functools.partial(to_closest, method=high_confidence_attack), deepfool, paper_attack, brief_ddn,
-    brief_cw])
+    *SMALLEST, lambda f, x, y: attack(f, x, closest_class(f, x, y), 0.9),
+    lambda f, x, y: high_confidence_attack(f, x, closest_class(f, x, y), 0.9)])
 
 
 @every_attack
@@ -658,139 +601,96 @@ def test_no_side_effects_and_no_need_of_gradients(monkeypatch, method, device):
     assert all(torch.equal(value, before[name]) for name, value in f.state_dict().items())
     assert all(weight.grad is None for weight in f.parameters()) and f.training and torch.is_grad_enabled()
     assert [weight.requires_grad for weight in f.parameters()] == [False, False, True, True]
-    with torch.no_grad():
-        assert torch.allclose(method(f, x, y), x_adv, rtol=0, atol=1e-6)
-    with torch.inference_mode():
-        assert torch.allclose(method(f, x * 1, y * 1), x_adv, rtol=0, atol=1e-6)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.allclose(method(f, x * 1, y * 1), x_adv, rtol=0, atol=1e-6)
 
 
 # --- What people hand in: the right number or a ValueError --------------------------------------------------------
 
-def plane(dtype=torch.float32):
-    """Two pixels and two classes: f(x) = x, so that the boundary is x0 = x1."""
-    f = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).to(dtype)
-    f[1].weight.data[:], f[1].bias.data[:] = torch.eye(2), 0
-    return f
+X, Y = pixels(1.0, 0.5), torch.tensor([0])
+CHECKED = [closest_class, evaluation.error_rate, *train.BASELINES.values(), lambda f, x, y: attack(f, x, y, 0.9),
+           lambda f, x, y: critic_loss(f, x, y, x, y), lambda f, x, y: classifier_loss(f, plane(), x, y, x, lam=1),
+           lambda f, x, y: train_step(f, f, None, None, None, x, y, lam=1)]
 
 
-def pixels(*values, dtype=torch.float32):
-    return torch.tensor(values, dtype=dtype).view(1, 1, 1, 2)
-
-
-Y = torch.tensor([0])
-SMALLEST = [deepfool, brief_cw, brief_ddn, paper_attack]
-
-
-@pytest.mark.parametrize("method", SMALLEST)
-@pytest.mark.parametrize("x, y, says", [
-    (pixels(1.000001, 0.5), Y, r"x: values from 0\.5 to 1\.000001, expected .* \[0,1\]"),
-    (pixels(0.5, -0.42), Y, r"x: values from -0\.42"),
-    (pixels(math.nan, 0.5), Y, "x: values from nan"),
-    (pixels(200, 3, dtype=torch.uint8), Y, r"x: torch\.uint8"),
-    (torch.rand(3), Y, r"x: torch\.float32 of shape \(3,\)"),
-    (pixels(1.0, 0.5), torch.tensor([[0]]), r"y: torch\.int64 of shape \(1, 1\), expected integers of shape \(1,\)"),
-    (pixels(1.0, 0.5), torch.tensor([0.0]), r"y: torch\.float32"),
-    (pixels(1.0, 0.5), torch.tensor([2]), "y: values from 2 to 2, expected classes 0 to 1"),
-    (pixels(1.0, 0.5), torch.tensor([-1]), "y: values from -1"),
+@pytest.mark.parametrize("calls, f, x, y, says", [
+    (SMALLEST, plane(), pixels(1.000001, 0.5), Y, r"x: values from 0\.5 to 1\.000001, expected .* \[0,1\]"),
+    (SMALLEST, plane(), pixels(0.5, -0.42), Y, r"x: values from -0\.42"),
+    (SMALLEST, plane(), pixels(math.nan, 0.5), Y, "x: values from nan"),
+    (SMALLEST, plane(), pixels(200, 3, dtype=torch.uint8), Y, r"x: torch\.uint8"),
+    (SMALLEST, plane(), torch.rand(3), Y, r"x: torch\.float32 of shape \(3,\)"),
+    (SMALLEST, plane(), X, Y[:, None], r"y: torch\.int64 of shape \(1, 1\), expected integers of shape \(1,\)"),
+    (SMALLEST, plane(), X, Y.float(), r"y: torch\.float32"),
+    (SMALLEST, plane(), X, Y + 2, "y: values from 2 to 2, expected classes 0 to 1"),
+    (SMALLEST, plane(), X, Y - 1, "y: values from -1"),
+    (SMALLEST, lambda x: x.flatten(1) / 0, X, Y, "f: its logits at x are not finite"),
+    (SMALLEST, lambda x: (x - 0.5).sqrt().flatten(1), X, Y, "f: the gradient of its logits at x is not finite"),
+    (SMALLEST, lambda x: x.detach().flatten(1).requires_grad_(), X, Y, "f: its logits have no gradient"),
+    (SMALLEST, lambda x: x.detach().flatten(1), X, Y, "f: its logits have no gradient"),
+    (SMALLEST + CHECKED, lambda x: x.flatten(1)[:, :1], X, Y, r"logits: .* \(1, 1\), expected .* \(1, K\) with K >= 2"),
+    (SMALLEST + CHECKED, lambda x: x.flatten(), X, Y, r"logits: .* of shape \(2,\)"),
+    (SMALLEST + CHECKED, lambda x: (x.flatten(1),), X, Y, "logits: tuple, expected a tensor"),
+    (SMALLEST + CHECKED, plane(), X.tolist(), Y, "x: list, expected images"),
+    (SMALLEST + CHECKED, plane(), X, [0], "(y|target|label): list, expected"),
 ])
-def test_wrong_images_and_labels_are_refused(method, x, y, says):
-    with pytest.raises(ValueError, match=says):
-        method(plane(), x, y)
-
-
-EVERYWHERE = [*SMALLEST, closest_class, evaluation.error_rate, *train.BASELINES.values(),
-              lambda f, x, y: attack(f, x, y, 0.9), lambda f, x, y: critic_loss(f, x, y, x, y),
-              lambda f, x, y: classifier_loss(f, plane(), x, y, x, lam=1),
-              lambda f, x, y: train_step(f, f, None, None, None, x, y, lam=1)]
-
-
-@pytest.mark.parametrize("net, says", [
-    (lambda x: x.flatten(1)[:, :1], r"logits: .* of shape \(1, 1\), expected a tensor \(1, K\) with K >= 2"),
-    (lambda x: x.flatten(), r"logits: .* of shape \(2,\)"),
-    (lambda x: (x.flatten(1),), "logits: tuple, expected a tensor"),
-    (lambda x: x.flatten(1) / 0, "f: its logits at x are not finite"),
-    (lambda x: (x - 0.5).sqrt().flatten(1), "f: the gradient of its logits at x is not finite"),
-    (lambda x: x.detach().flatten(1).requires_grad_(), "f: its logits have no gradient"),
-    (lambda x: x.detach().flatten(1), "f: its logits have no gradient")])
-def test_wrong_networks_are_refused(net, says):
-    for call in EVERYWHERE if says.startswith("logits") else SMALLEST:
+def test_wrong_images_labels_and_networks_are_refused(calls, f, x, y, says):
+    for call in calls:
         with pytest.raises(ValueError, match=says):
-            call(net, pixels(1.0, 0.5), Y)
-
-
-def test_what_is_no_tensor_is_refused():
-    for call in EVERYWHERE:
-        with pytest.raises(ValueError, match="x: list, expected images"):
-            call(plane(), [[[[1.0, 0.5]]]], Y)
-        with pytest.raises(ValueError, match="(y|target|label): list, expected"):
-            call(plane(), pixels(1.0, 0.5), [0])
+            call(f, x, y)
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda f, x: attack(f, x, Y, confidence=1.5), r"confidence: 1\.5, expected a probability in \(0,1\]"),
-    (lambda f, x: attack(f, x, Y, confidence=torch.ones(1, 1)), r"confidence: .* of shape \(1, 1\)"),
-    (lambda f, x: high_confidence_attack(f, x, Y, confidence=math.nan), "confidence: nan"),
-    (lambda f, x: high_confidence_attack(f, x, Y, torch.tensor([0.0])), "confidence: values from 0 to 0"),
-    (lambda f, x: high_confidence_attack(f, x, target=Y + 2, confidence=0.9), "target: values from 2"),
-    (lambda f, x: attack(f, x, Y[:, None], 0.9), r"target: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: closest_class(f, x, Y.float()), r"label: torch\.float32"),
-    (lambda f, x: classifier_loss(f, f, x, Y[:, None], x, lam=1), r"y: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: critic_loss(f, x, Y, x, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
-    (lambda f, x: attack(f.half(), x.half(), Y, 0.9), r"x: torch\.float16 .*, expected .* float32"),
-    (lambda f, x: classifier_loss(f, f, x, Y, x.squeeze(1), lam=1), r"x_adv: .* of shape \(1, 1, 2\)"),
-    (lambda f, x: attack(f, x, Y, [0.9]), "confidence: list"),
-    (lambda f, x: evaluation.rho(x, x.tolist()), "x_adv: list"),
-    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.tolist()), "method: list"),
-    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.double()), r"method: torch\.float64"),
-    (lambda f, x: critic_loss(f, x, Y, x.tolist(), Y), "x_adv: list"),
-    (lambda f, x: classifier_loss(f, f, x, Y, x.tolist(), lam=1), "x_adv: list"),
-    (lambda f, x: evaluation.rho(x, x.squeeze(1)), r"x_adv: .* of shape \(1, 1, 2\), expected x's shape"),
-    (lambda f, x: evaluation.measure(f, x, Y, lambda f, x, y: x.squeeze(1)), r"method: .* of shape \(1, 1, 2\)"),
-    (lambda f, x: evaluation.measure(f, 255 * x, Y, lambda f, x, y: x), "x: values from 127.5 to 255"),
-    (lambda f, x: evaluation.save_png("page.png", x), r"page: torch\.float32 of shape"),
-    (lambda f, x: evaluation.error_rate(f, x, Y + 7), "y: values from 7"),
-    (lambda f, x: RunningConfidence(3).update(f(x)), r"logits: .* of shape \(1, 2\), expected a tensor \(N, 3\)"),
+    (lambda f: attack(f, X, Y, confidence=1.5), r"confidence: 1\.5, expected a probability in \(0,1\]"),
+    (lambda f: attack(f, X, Y, confidence=torch.ones(1, 1)), r"confidence: .* of shape \(1, 1\)"),
+    (lambda f: attack(f, X, Y, confidence=[0.9]), "confidence: list"),
+    (lambda f: attack(f, X, Y[:, None], 0.9), r"target: torch\.int64 of shape \(1, 1\)"),
+    (lambda f: attack(f.half(), X.half(), Y, 0.9), r"x: torch\.float16 .*, expected .* float32"),
+    (lambda f: closest_class(f, X, Y.float()), r"label: torch\.float32"),
+    (lambda f: critic_loss(f, X, Y, X, Y[:, None]), r"y_adv: torch\.int64 of shape \(1, 1\)"),
+    (lambda f: critic_loss(f, X, Y, X.tolist(), Y), "x_adv: list"),
+    (lambda f: classifier_loss(f, f, X, Y, X.tolist(), lam=1), "x_adv: list"),
+    (lambda f: classifier_loss(f, f, X, Y, X[0], lam=1), r"x_adv: .* of shape \(1, 1, 2\)"),
+    (lambda f: RunningConfidence(3).update(f(X)), r"logits: .* of shape \(1, 2\), expected a tensor \(N, 3\)"),
+    (lambda f: high_confidence_attack(f, X, Y, confidence=math.nan), "confidence: nan"),
+    (lambda f: high_confidence_attack(f, X, Y, torch.tensor([0.0])), "confidence: values from 0 to 0"),
+    (lambda f: high_confidence_attack(f, X, target=Y + 2, confidence=0.9), "target: values from 2"),
+    (lambda f: evaluation.error_rate(f, X, Y + 7), "y: values from 7"),
+    (lambda f: evaluation.rho(X, X.tolist()), "x_adv: list"),
+    (lambda f: evaluation.rho(X, X[0]), r"x_adv: .* of shape \(1, 1, 2\), expected x's shape"),
+    (lambda f: evaluation.measure(f, X, Y, lambda f, x, y: x.tolist()), "method: list"),
+    (lambda f: evaluation.measure(f, X, Y, lambda f, x, y: x.double()), r"method: torch\.float64"),
+    (lambda f: evaluation.measure(f, X, Y, lambda f, x, y: x[0]), r"method: .* of shape \(1, 1, 2\)"),
+    (lambda f: evaluation.measure(f, 255 * X, Y, lambda f, x, y: x), "x: values from 127.5 to 255"),
+    (lambda f: evaluation.save_png("page.png", X), r"page: torch\.float32 of shape"),
 ])
 def test_what_else_is_refused(call, says):
     with pytest.raises(ValueError, match=says):
-        call(plane(), pixels(1.0, 0.5))
+        call(plane())
 
 
-@pytest.mark.parametrize("method", [deepfool, functools.partial(carlini_wagner, steps=100, lr=0.05), some_ddn])
+@pytest.mark.parametrize("method", [deepfool, functools.partial(carlini_wagner, steps=100, lr=0.05),
+                                    functools.partial(ddn, steps=200)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_right_length_in_every_precision(method, dtype):
-    f, x = plane(dtype), pixels(1.0, 0.5, dtype=dtype)
+def test_the_right_length_in_every_precision_also_where_f_is_sure_or_wrong(method, dtype):
+    f, x = plane(dtype), X.to(dtype)
+    f[1].weight.data *= 1000  # p_y is 1, and the gradient of log p_y is 0
     x_adv = method(lambda x: f(x).double(), x, Y.int())  # logits of any floating-point type, labels of any integer type
     assert x_adv.dtype == dtype and f(x_adv).argmax(1) == 1
     length = evaluation.measure(f, x, Y, lambda f, x, y: x_adv)["length"].item()
     assert length == pytest.approx(0.5 / 2 ** 0.5, rel=0.05)
     assert evaluation.rho(x, x_adv).item() == pytest.approx(length / 1.25 ** 0.5)
+    assert torch.equal(method(f, x, 1 - Y), x)
 
 
-def test_an_empty_batch_needs_no_f():
-    x, y = pixels(1.0, 0.5)[:0], Y[:0]
+def test_an_empty_batch_needs_no_f_and_f_may_work_in_place():
+    f, x = plane(), X.clone()
     for method in SMALLEST:
-        assert method(None, x, y).shape == x.shape
-        assert evaluation.measure(None, x, y, method)["failed"] == 0
-
-
-def test_what_works_in_place():
-    f, x = plane(), pixels(1.0, 0.5)
-    assert evaluation.measure(f, x, Y, lambda f, x, y: x.copy_(deepfool(f, x, y)))["rho"] > 0.3
-    for method in SMALLEST:
+        assert method(None, x[:0], Y[:0]).shape == x[:0].shape
+        assert evaluation.measure(None, x[:0], Y[:0], method)["failed"] == 0
         assert torch.equal(method(lambda x: f(x.sub_(0.25)), x, Y), method(lambda x: f(x - 0.25), x, Y))
-    assert evaluation.error_rate(lambda x: f(x.sub_(0.25)), x, Y) == 0 and torch.equal(x, pixels(1.0, 0.5))
-
-
-@pytest.mark.parametrize("beyond", [math.nan, math.inf])
-def test_an_image_that_f_does_not_classify_is_not_fooled(beyond):
-    def g(x):
-        return torch.where(x[..., 1].flatten(1) < 0.99, beyond, 1.0) * plane()(x)
-    x, y = pixels(0.2, 1.0), torch.tensor([1])
-    for method in (deepfool, functools.partial(ddn, steps=50), lambda f, x, y: x * 0.5):
-        assert evaluation.measure(g, x, y, method)["failed"] == 1
-    assert torch.equal(deepfool(g, x, y), x)
-    assert evaluation.error_rate(g, torch.cat([x, x / 2]), torch.tensor([1, 1])) == 0.5  # no class is an error
+    assert evaluation.measure(f, x, Y, lambda f, x, y: x.copy_(deepfool(f, x, y)))["rho"] > 0.3
+    assert evaluation.error_rate(lambda x: f(x.sub_(0.25)), x, Y) == 0 and torch.equal(x, X)
 
 
 def test_what_fails_is_counted():
@@ -798,57 +698,41 @@ def test_what_fails_is_counted():
     cases = [(lambda x: 0 * x.flatten(1) + torch.tensor([0.0, 1.0]), method) for method in SMALLEST]  # without gradient
     for outside in ((1.7, 1.0), (0.2, -0.3), (math.nan, 0.5)):  # another class, but no image
         cases.append((plane(), lambda f, x, y, outside=outside: pixels(*outside)))
+    for beyond in (math.nan, math.inf):  # an image, but no class
+        def g(x, beyond=beyond):
+            return torch.where(x[..., 1].flatten(1) < 0.99, beyond, 1.0) * plane()(x)
+        cases += [(g, deepfool), (g, brief_ddn), (g, lambda f, x, y: x * 0.5)]
+        assert torch.equal(deepfool(g, x, y), x)
+        assert evaluation.error_rate(g, torch.cat([x, x / 2]), torch.tensor([1, 1])) == 0.5  # no class is an error
     for f, method in cases:
         figures = evaluation.measure(f, x, y, method)
         assert figures["failed"] == 1 and figures["length"].isinf() and math.isnan(figures["rho"])
 
 
-def test_an_attack_that_loses_its_gradient_stays_an_image():
-    """The root has no derivative at 0, where the first step ends."""
-    x_adv = high_confidence_attack(lambda x: x.sqrt().flatten(1), pixels(0.01, 0.9), Y + 1, 0.99, max_step=None)
-    assert x_adv.isfinite().all() and x_adv.min() == 0
-
-
-class NoFloat64(TorchDispatchMode):
-    """As on a device that has none."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        assert not isinstance(found, torch.Tensor) or found.dtype != torch.float64, function
-        return found
-
-
 def test_measuring_needs_no_float64():
-    x = 0.3 + 0.4 * images(12).float()
-    f, y = linear().float(), torch.arange(12) % 5
+    class NoFloat64(TorchDispatchMode):  # as on a device that has none
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            assert not isinstance(found, torch.Tensor) or found.dtype != torch.float64, function
+            return found
+    f, x, y = linear().float(), 0.3 + 0.4 * images(12).float(), torch.arange(12) % 5
     with NoFloat64():
         row = evaluation.evaluate(f, x, y, ["deepfool", "paper"], x, y, "")
         assert 0 < evaluation.error_rate(f, x, y) < 1 and 0 < row["worst"] < 1
 
 
-@contextlib.contextmanager
-def other_defaults():
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-
-
 def test_nothing_depends_on_the_defaults_of_torch(small, scripts):
     for name, content in small[0].items():
         Path(name).write_bytes(content)
-    expected = (*data.load_mnist("."), *data.drawn_digits(20, 3))
-    with other_defaults():
-        found = (*data.load_mnist("."), *data.drawn_digits(20, 3))
-        f = evaluation.network("lenet")
+    expected = (*data.load_mnist("."), *drawn.__wrapped__(20, 3))
+    for out in ("a.pt", "b.pt"):
+        assert train.main([*REFERENCE, *TINY, "--out", out]) == 0
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+    found, run = (*data.load_mnist("."), *drawn.__wrapped__(20, 3)), train.start(train.parse_flags([])[1], "cpu")
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
-    assert all((w.dtype, w.device.type) == (torch.float32, "cpu") for w in f.parameters())
-    assert train.main([*REFERENCE, *TINY, "--out", "a.pt"]) == 0
-    with other_defaults():
-        assert train.main([*REFERENCE, *TINY, "--out", "b.pt"]) == 0
+    assert all(weight.dtype == torch.float32 for weight in run.f.parameters())
+    assert all(weight.device.type == "cpu" for weight in (*run.f.parameters(), *run.D.parameters()))
     assert log_of("a.csv") == log_of("b.csv")
 
 
@@ -871,24 +755,19 @@ def test_memory_does_not_grow_with_the_number_of_classes():
 def test_rho_and_what_is_left_out_of_its_mean():
     x, r = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     assert torch.allclose(evaluation.rho(x, x + r), torch.tensor([0.2, math.nan, 0.0]), equal_nan=True)
-    f, x = linear(), images(6)
-    x[5] = 0
-    x_adv, y = x.clone(), f(x).argmax(1)
-    x_adv[0] = x[1]                              # an attack that moves what is wrong already: 0 all the same
-    y[0] = (y[0] + 1) % 5
-    for i in (1, 2):                             # fooled; the attack fails at 3, 4 and 5
-        x_adv[i] = ((f[1].weight[(y[i] + 1) % 5] - f[1].weight[y[i]]) > 0).view(1, 8, 8)
-    assert (f(x_adv).argmax(1) != y).tolist()[1:] == [True] * 2 + [False] * 3
+    x = torch.tensor([[0.3, 0.4], [0.8, 0.6], [0.6, 0.0], [0.8, 0.6], [0.6, 0.0], [0.0, 0.0]]).view(6, 1, 1, 2)
+    f, y, x_adv = plane(), torch.zeros(6, dtype=torch.int64), x.clone()
+    x_adv[:3] = x.flip(3)[:3]  # wrong already: 0 though it is moved; fooled, fooled; and the attack fails at 3, 4 and 5
     figures = evaluation.measure(f, x, y, lambda f, x, y: x_adv)
-    assert figures["rho"] == pytest.approx(sum((x_adv - x)[i].norm() / x[i].norm() for i in (1, 2)).item() / 3)
-    assert figures["failed"] == 3 and evaluation.error_rate(f, x, y) == pytest.approx(1 / 6)
-    assert figures["length"].isinf().tolist() == [False] * 3 + [True] * 3
+    assert figures["length"].tolist() == pytest.approx([0, 0.2 * 2 ** 0.5, 0.6 * 2 ** 0.5, *[math.inf] * 3])
+    assert figures["rho"] == pytest.approx((0.2 + 1) * 2 ** 0.5 / 3) and figures["failed"] == 3
+    assert evaluation.error_rate(f, x, y) == pytest.approx(1 / 6)
 
 
 def test_vote_of_the_nearest():
-    x_train, y_train = torch.arange(8.0).view(8, 1, 1, 1), torch.tensor([0, 0, 1, 1, 2, 2, 2, 3])
-    x = torch.tensor([0.4, 2.6, 5.1]).view(3, 1, 1, 1)  # 0 0 1 1 2: the nearer pair; 1 1 2 0 2, 2 2 2 3 1
-    assert evaluation.vote(x, x_train, y_train).tolist() == [0, 1, 2]
+    x_train, y_train = torch.arange(8.0).view(8, 1, 1, 1), torch.tensor([1, 1, 0, 0, 2, 2, 2, 3])
+    x = torch.tensor([0.4, 2.6, 5.1]).view(3, 1, 1, 1)  # 1 1 0 0 2: the nearer pair; 0 0 2 1 2, 2 2 2 3 0
+    assert evaluation.vote(x, x_train, y_train).tolist() == [1, 0, 2]
 
 
 def test_what_the_tables_say():
@@ -925,61 +804,34 @@ def test_worst_is_of_all_attacks_but_the_papers(monkeypatch):
     assert [row[f"at {length} %"] for length in (1.0, 1.25, 1.5)] == [100, 75, 50]
 
 
-def test_a_table_of_two_seeds():
-    rows = [{"name": "net, 3 epochs", "checkpoint": path, "published": {"test error %": 0.9}, "test error %": error,
-             "worst": worst, "at 1.0 %": 50, "at 1.25 %": 40, "at 1.5 %": 30, "ddn": worst, "cw": 0.5,
-             "failed": {"cw": 0, "ddn": failed}}
-            for path, error, worst, failed in (("a", 1.0, 0.2, 0), ("b", 2.0, 0.3, 7))]
-    lines = evaluation.report([rows], ["cw", "ddn"], "30 images")
-    assert evaluation.cell([{"cw": math.nan, "published": {}}, {"cw": 0.5}], "cw") == "nan"
+def test_the_tables_of_rows_from_several_files(tmp_path, capsys, monkeypatch):
+    rows = [{"name": "net, 3 epochs", "checkpoint": f"{seed}.pt", "published": {"test error %": 0.9},
+             "settings": {"arch": "lenet", "defense": "critic", "seed": seed, "epochs": 3},
+             "test error %": 1.0 + seed, "worst": 0.2 + 0.1 * seed, "cw": cw, "ddn": 0.5, "at 1.0 %": 50.0,
+             "at 1.25 %": 40.0, "at 1.5 %": 30.0, "failed": {"cw": 0, "ddn": 7 * seed},
+             "length": torch.tensor([0.5, math.inf])} for seed, cw in ((0, math.nan), (1, 0.5))]
+    protocol = {"caption": "2 mnist test images", "images": "the first", "attacks": {"cw": "...", "ddn": "..."}}
+    monkeypatch.chdir(tmp_path)
+    for name, some, how in (("a.json", rows[:1], protocol), ("b.json", rows[1:], protocol),
+                            ("both.json", rows, protocol), ("c.json", rows[1:], {**protocol, "images": "others"}),
+                            ("f.json", [{"settings": {"defense": "at", "seed": 0}}], protocol)):
+        evaluation.save_json(Path(name), some, how)
+    Path("d.json").write_text('{"results": 3}')
+    both = json.loads(Path("both.json").read_text(), parse_constant=pytest.fail)  # null for what is not finite
+    expected = [{**row, "cw": cw, "length": [0.5, None]} for row, cw in zip(rows, (None, 0.5))]
+    assert both == {"protocol": protocol, "results": expected}
+    assert evaluation.main(["a.json", "b.json", "--json", "joined.json", "--figures", "pictures"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[1].index("test error") < lines[1].index("worst") < lines[1].index("cw")
     assert "net, 3 epochs" in lines[2] and "1.50±0.71 (0.90)" in lines[2] and "0.250±0.071" in lines[2]
-    assert [line for line in lines if line.startswith("b: ")] == [
-        "b: 7 images were not fooled by ddn: it failed, this is no robustness"]
-
-
-def test_json_has_null_for_what_is_no_finite_number(tmp_path):
-    rows = [{"length": torch.tensor([0.5, math.inf]), "rho": math.nan, "failed": [1]}, {"name": "b", "rho": 0.25}]
-    evaluation.save_json(tmp_path / "all.json", rows, {"device": "cpu"})
-    assert json.loads((tmp_path / "all.json").read_text(), parse_constant=pytest.fail) == {
-        "protocol": {"device": "cpu"},
-        "results": [{"length": [0.5, None], "rho": None, "failed": [1]}, {"name": "b", "rho": 0.25}]}
-
-
-def test_rows_of_several_files_come_together(tmp_path, capsys, monkeypatch):
-    rows = [{"name": defense, "checkpoint": f"{defense}.pt",
-             "settings": {"arch": "lenet", "defense": defense, "seed": 0, "epochs": 9},
-             "published": {}, "test error %": 1.5, "worst": math.nan, "deepfool": 0.25, "failed": {"deepfool": 1},
-             "length": torch.tensor([0.5, math.inf]), **{f"at {length} %": 50.0 for length in evaluation.LENGTHS}}
-            for defense in ("critic", "pgd")]
-    protocol = {"caption": "2 mnist test images", "images": "the first", "attacks": {"deepfool": "..."}}
-    monkeypatch.chdir(tmp_path)
-    for name, some in (("a.json", rows[:1]), ("b.json", rows[1:]), ("both.json", rows)):
-        evaluation.save_json(Path(name), some, protocol)
-    assert evaluation.main(["a.json", "b.json", "--json", "joined.json", "--figures", "pictures"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("0.250") == 2 and "critic.pt: 1 images were not fooled" in said
-    assert Path("joined.json").read_text().splitlines() == Path("both.json").read_text().splitlines()
+    assert "nan" in lines[2].split() and [line for line in lines if "not fooled by" in line] == [
+        "1.pt: 7 images were not fooled by ddn: it failed, this is no robustness"]
+    assert Path("joined.json").read_text() == Path("both.json").read_text()
     assert Path("pictures/accuracy-lenet.svg").exists()
-    evaluation.save_json(Path("c.json"), rows[1:], {**protocol, "images": "others"})
-    Path("d.json").write_text('{"results": 3}')
-    evaluation.save_json(Path("f.json"), [{"settings": {"defense": "at", "seed": 0}}], protocol)
-    for files, says in ((["a.json", "c.json"], "c.json: its images"), (["a.json", "both.json"], "critic.pt is given"),
+    for files, says in ((["a.json", "c.json"], "c.json: its images"), (["a.json", "both.json"], "0.pt is given"),
                         (["d.json"], "d.json is no whole"), (["f.json"], "f.json is no whole"), (["e.json"], "e.json")):
-        assert evaluation.main(files) == 2 and says in capsys.readouterr().err
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    evaluation.save_json(tmp_path / "all.json", [{"rho": 0.25}], {})
-    before, real = (tmp_path / "all.json").read_bytes(), Path.write_bytes
-
-    def full(path, content):
-        real(path, content[:5])
-        raise OSError("no space left")
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
-        evaluation.save_json(tmp_path / "all.json", [{"rho": 0.5}], {})
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+        assert evaluation.main([*files, "--json", "bad.json"]) == 2 and says in capsys.readouterr().err
+    assert not Path("bad.json").exists()
 
 
 def test_png(tmp_path):
@@ -987,6 +839,7 @@ def test_png(tmp_path):
     evaluation.save_png(str(tmp_path / "page.png"), page)
     content = (tmp_path / "page.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (7, 6)
+    assert content.endswith(b"\0\0\0\0IEND\xaeB`\x82")  # a chunk: length, kind, content, checksum
     lines = zlib.decompress(content[content.index(b"IDAT") + 4:-16])
     values = [list(lines[i + 1:i + 8]) for i in range(0, 48, 8)]
     assert values[:5] == (255 * page[:5]).round().int().tolist() and values[5] == [255, 255, 0, 0, 0, 0, 128]
@@ -1009,7 +862,7 @@ def test_svg(tmp_path):
     assert min(b - a for a, b in zip(ends, ends[1:])) >= 22
 
 
-def test_figures_2_and_4(monkeypatch):
+def test_figures_2_and_4():
     x, y = torch.zeros(10, 1, 28, 28).double(), torch.arange(10)
     f = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
     x.flatten(1)[:, :10] = 0.2 + 0.6 * torch.eye(10)
@@ -1034,24 +887,14 @@ def test_figures_2_and_4(monkeypatch):
 
 # --- Data ---------------------------------------------------------------------------------------------------------
 
-@needs_mnist
-def test_mnist_is_mnist():
-    x_train, y_train, x_test, y_test = data.load_mnist()
-    assert x_train.shape == (60000, 1, 28, 28) and x_test.shape == (10000, 1, 28, 28) and y_train.dtype == torch.int64
-    assert x_train.min() == 0 and x_train.max() == 1 and x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
-    assert y_train[:9].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1] and y_test[:5].tolist() == [7, 2, 1, 0, 4]
-
-
-def idx(values):
-    header = struct.pack(f">BBBB{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
-    return header + bytes(values.flatten().tolist())
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Four small files in place of MNIST's, with their true checksums: name -> bytes, and their contents."""
     tensors = [torch.randint(10, shape) for shape in ((6, 4, 4), (6,), (3, 4, 4), (3,))]
-    files = {name: idx(values) for (name, _, _), values in zip(data.FILES, tensors)}
+    files = {}
+    for (name, _, _), values in zip(data.FILES, tensors):
+        header = struct.pack(f">BBBB{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+        files[name] = header + bytes(values.flatten().tolist())
     monkeypatch.setattr(data, "FILES", tuple((name, tuple(values.shape), hashlib.sha256(files[name]).hexdigest())
                                              for name, values in zip(files, tensors)))
     return files, tensors
@@ -1108,12 +951,18 @@ def test_drawn_digits():
 REFERENCE = ["--arch", "mlp", "--defense", "reference", "--epochs", "1"]
 TINY = ["--data", "drawn", "--train-images", "100", "--device", "cpu"]
 BRIEF = ["--n", "3", "--attacks", "deepfool", "--device", "cpu"]
-GOOD = {"settings": {"arch": "mlp", "data": "drawn", "defense": "critic", "epochs": 1, "seed": 0}}
 drawn = functools.lru_cache(data.drawn_digits)
 
 
 def tiny():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+def save_tiny(path, f=None, **settings):
+    """A checkpoint of weights alone; returns its settings."""
+    settings = {"arch": "mlp", "data": "drawn", "defense": "critic", "epochs": 1, "seed": 0, **settings}
+    torch.save({"settings": settings, "f": tiny().state_dict() if f is None else f}, path)
+    return settings
 
 
 @pytest.fixture
@@ -1127,29 +976,50 @@ def scripts(monkeypatch, tmp_path):
     return tmp_path
 
 
+def full_disk(monkeypatch, suffix):
+    """From now on there is no room for files of this suffix, but for their first bytes."""
+    real = Path.write_bytes
+
+    def write(path, content):
+        if suffix not in path.suffixes:
+            return real(path, content)
+        real(path, content[:5])
+        raise OSError("no space left")
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+def interrupted(function, *calls):
+    """function, but these of its calls are interrupted as by Ctrl-C; the first is 1."""
+    count = itertools.count(1)
+
+    def call(*arguments):
+        if next(count) in calls:
+            raise KeyboardInterrupt
+        return function(*arguments)
+    return call
+
+
 def log_of(path):
     """The rows of a log, without the time column."""
     rows = csv.DictReader(Path(path).read_text().splitlines())
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def run_script(*command, folder, **environment):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, **environment})
-
-
 def test_scripts_end_to_end(tmp_path):
-    """The two scripts as subprocesses: a clean screen, the files where they are said to be, the tables."""
-    name = "lenet-critic-quick-drawn-0"
-    done = run_script(HERE / "train.py", "--arch", "lenet", "--quick", "--epochs", "1", *TINY, folder=tmp_path)
+    """The two scripts as subprocesses: a clean screen, the files where they are said to be, the command that is
+    printed, as it is pasted, the tables."""
+    name = "lenet-critic-quick-drawn-3"
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    flags = ["--quick", "--epochs", "1", "--seed", "3", *TINY, "--data-dir", "my data"]
+    done = run([sys.executable, HERE / "train.py", *flags])
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{name}.pt" in done.stdout and torch.__version__ in done.stdout and "seed=0" in done.stdout
+    assert f"{name}.pt" in done.stdout and torch.__version__ in done.stdout and "seed=3" in done.stdout
     assert [row["epoch"] for row in log_of(tmp_path / f"runs/{name}.csv")] == ["0", "1"]
     assert {path.name for path in tmp_path.rglob("*.*")} == {f"{name}.pt", f"{name}.csv"}
-    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == [str(HERE / "eval.py"), f"runs/{name}.pt"]
+    command = shlex.split(done.stdout.splitlines()[-1].split(": ")[1])
+    assert command[1:] == [str(HERE / "eval.py"), f"runs/{name}.pt", "--data-dir", "my data"]
 
-    done = run_script(HERE / "eval.py", "runs/*.pt", *BRIEF, "--json", "all.json",
-                      folder=tmp_path)  # no shell: eval.py expands the pattern
+    done = run([*command, *BRIEF, "--json", "all.json"])
     assert (done.returncode, done.stderr) == (0, "")
     row, = json.loads((tmp_path / "all.json").read_text())["results"]
     assert Path(row["checkpoint"]).stem == name and len(row["length"]) == 3 and f"{row['worst']:.3f}" in done.stdout
@@ -1158,7 +1028,7 @@ def test_scripts_end_to_end(tmp_path):
 
 def test_what_is_evaluated(scripts, monkeypatch):
     """The error over the whole test set, attacks on the first n of one permutation, the vote by what is trained on."""
-    torch.save({**GOOD, "f": tiny().state_dict()}, "net.pt")
+    save_tiny("net.pt")
     seen, y_train, y = [], torch.arange(20000, 30300), torch.arange(10000)
     monkeypatch.setattr(data, "load_mnist", lambda folder: (y_train / 30300, y_train, y / 10000, y))
     monkeypatch.setattr(evaluation, "error_rate", lambda f, x, y: seen.append(y) or 0)
@@ -1171,161 +1041,115 @@ def test_what_is_evaluated(scripts, monkeypatch):
 
 
 def test_what_is_finished_is_saved_and_printed_whatever_happens(scripts, monkeypatch, capsys):
-    for seed in (0, 1):
-        torch.save({"settings": {**GOOD["settings"], "seed": seed}, "f": tiny().state_dict()}, f"a&b-{seed}.pt")
-    flags, real, networks = ["a&b-0.pt", "a&b-1.pt", *BRIEF, "--json", "all.json"], evaluation.evaluate, []
-
-    def interrupted(*arguments):
-        networks.append(1)
-        if len(networks) in (1, 3):
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    def full(*arguments):
-        raise OSError("no space left")
-
     def rows():
         return json.loads(Path("all.json").read_text())["results"]
+    for seed in (0, 1):
+        save_tiny(f"a&b-{seed}.pt", seed=seed)
+    flags = ["a&b-?.pt", *BRIEF, "--json", "all.json"]  # there was no shell: eval.py expands the pattern
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", interrupted)
+        patch.setattr(evaluation, "evaluate", interrupted(evaluation.evaluate, 1, 3))
         assert evaluation.main(flags) == 130  # in the first network: nothing is left
         assert not Path("all.json").exists() and "Table" not in capsys.readouterr().out
         assert evaluation.main(flags) == 130 and len(rows()) == 1  # in the second
         assert "a&b, 1 epochs" in capsys.readouterr().out
-        Path("runs.json").mkdir()
-        for path in ("missing/all.json", "runs.json"):
-            networks.clear()
-            with contextlib.suppress(SystemExit):
-                assert evaluation.main([*flags[:-1], path]) == 2
-            assert path.split("/")[0] in capsys.readouterr().err and networks == []  # known before the first attack
-    for fails in ("report", "save_json"):
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluation, fails, full)
-            assert evaluation.main(flags) == 2
-        said = capsys.readouterr()
-        assert "no space left" in said.err and len(rows()) == 2 and ("a&b" in said.out) == (fails == "save_json")
+        patch.setattr(evaluation, "evaluate", lambda *arguments: pytest.fail("the first attack has begun"))
+        assert evaluation.main(["a&b-0.pt", *flags]) == 2 and "is given twice" in capsys.readouterr().err
+        assert evaluation.main([*flags[:-1], "missing/all.json"]) == 2 and "missing" in capsys.readouterr().err
+        os.mkdir("runs.json")
+        with pytest.raises(SystemExit):
+            evaluation.main([*flags[:-1], "runs.json"])
+        assert "runs.json" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "report", interrupted(evaluation.report, 1))
+        assert evaluation.main(flags) == 130 and len(rows()) == 2
     assert rows()[0]["worst"] == rows()[0]["deepfool"] and "paper" not in rows()[0]
     assert evaluation.main(["a&b-0.pt", *BRIEF, "--figures", "pictures"]) == 0
     assert sorted(path.name for path in Path("pictures").iterdir()) == [
         "accuracy-mlp.svg", "figure2-a&b-0.png", *(f"figure4-a&b-0-{row}.png" for row in "abc")]
+    before = sorted(os.listdir())
+    full_disk(monkeypatch, ".json")
+    capsys.readouterr()
+    assert evaluation.main(flags) == 2 and len(rows()) == 2 and sorted(os.listdir()) == before
+    said = capsys.readouterr()
+    assert "no space left" in said.err and "a&b" in said.out
 
 
-def test_links_stay_and_what_they_name_is_written(scripts, monkeypatch):
+def test_links_stay_and_what_the_screen_cannot_show_is_replaced(scripts, monkeypatch):
+    """And float32 means float32."""
     os.mkdir("disk")
-    for name in ("run.pt", "all.json"):
+    for name in ("Größe.pt", "all.json"):
         os.symlink(f"disk/{name}", name)
-    assert train.main([*REFERENCE, "--out", "run.pt", *TINY]) == 0
-    assert evaluation.main(["run.pt", *BRIEF, "--json", "all.json"]) == 0
-    assert os.path.islink("run.pt") and os.path.islink("all.json")
-    assert evaluation.load_checkpoint("disk/run.pt") and json.loads(Path("disk/all.json").read_text())["results"]
-    assert sorted(os.listdir("disk")) == ["all.json", "run.pt"]
-
-
-def test_the_printed_command_runs_when_pasted(scripts, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train", lambda *arguments: None)
-    monkeypatch.setattr(train, "load", lambda *arguments: (torch.zeros(1),))
-    assert train.main(["--out", "my runs/a.pt", "--data-dir", "my data"]) == 0
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split(": ")[1])
-    assert words[1:] == [str(HERE / "eval.py"), "my runs/a.pt", "--data-dir", "my data"]
-    assert run_script(*words[1:2], "--help", folder=scripts).returncode == 0
-
-
-def test_a_name_that_the_screen_cannot_show(scripts, monkeypatch):
     for main, flags in ((train.main, [*REFERENCE, *TINY, "--out", "Größe.pt"]),
-                        (evaluation.main, ["Größe.pt", *BRIEF])):
+                        (evaluation.main, ["Größe.pt", *BRIEF, "--json", "all.json"])):
         screen = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
-        assert main(flags) == 0
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        assert main(flags) == 0 and torch.backends.cudnn.allow_tf32 is False
         sys.stdout.flush()
         assert b"Gr??e" in screen.getvalue()
+    assert os.path.islink("Größe.pt") and os.path.islink("all.json")
+    assert evaluation.load_checkpoint("disk/Größe.pt") and json.loads(Path("disk/all.json").read_text())["results"]
+    assert sorted(os.listdir("disk")) == ["Größe.pt", "all.json"]
 
 
 def test_two_checkpoints_of_one_name(scripts, capsys):
     for defense in ("critic", "at"):
         os.mkdir(defense)
-        torch.save({"settings": {**GOOD["settings"], "defense": defense}, "f": tiny().state_dict()},
-                   f"{defense}/model.pt")
-    assert evaluation.main(["critic/model.pt", "at/model.pt", *BRIEF]) == 0
+        save_tiny(f"{defense}/model.pt", defense=defense)
+    flags = ["critic/model.pt", "at/model.pt", *BRIEF]
+    assert evaluation.main(flags) == 0
     said = capsys.readouterr().out
     assert "critic/model, 1 epochs" in said and "at/model, 1 epochs" in said
-    assert evaluation.main(["critic/model.pt", "at/model.pt", *BRIEF, "--figures", "."]) == 2
+    assert evaluation.main([*flags, "--figures", "."]) == 2
     assert "would overwrite each other" in capsys.readouterr().err
 
 
-def test_float32_means_float32(scripts, monkeypatch):
-    for main, flags in ((train.main, ["--resume", "--out", "missing.pt"]), (evaluation.main, ["missing.pt"])):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        assert main(flags) == 2
-        assert torch.backends.cudnn.allow_tf32 is False
-
-
 def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
-    flags, real, calls = ["--arch", "mlp", "--epochs", "2", *TINY, "--train-images", "200"], train.step, []
-    assert train.main([*flags, "--out", "whole.pt"]) == 0
-
-    def interrupted(run, epoch, x, y):
-        calls.append(1)
-        if len(calls) == 5:  # in the middle of the second epoch
-            raise KeyboardInterrupt
-        return real(run, epoch, x, y)
-    monkeypatch.setattr(train, "step", interrupted)
-    assert train.main([*flags, "--out", "parts.pt"]) == 130 and "--resume" in capsys.readouterr().err
-    assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0
+    flags = ["--arch", "mlp", "--epochs", "2", *TINY, "--train-images", "200", "--out"]
+    assert train.main([*flags, "whole.pt"]) == 0
+    monkeypatch.setattr(train, "step", interrupted(train.step, 1, 7))  # in the middle of the first and last epoch
+    for more in ([], ["--resume"]):
+        assert train.main([*flags, "parts.pt", *more]) == 130 and "--resume" in capsys.readouterr().err
+    for _ in range(2):  # the second time there is nothing to do
+        assert train.main([*flags, "parts.pt", "--resume"]) == 0 and "Done." in capsys.readouterr().out
     whole, parts = (torch.load(name, weights_only=True) for name in ("whole.pt", "parts.pt"))
     for name in ("f", "D", "confidence"):
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
-    assert train.main([*flags, "--out", "parts.pt", "--resume"]) == 0 and "Done." in capsys.readouterr().out
     assert log_of("whole.csv") == log_of("parts.csv") and len(log_of("parts.csv")) == 3
-    for more, message in ([["--out", "parts.pt"], "parts.pt is there already"],
-                          [["--out", "parts.pt", "--resume", "--lam", "3"], "lam 0.5 (now 3.0)"],
-                          [["--out", "parts.pt", "--resume", "--arch", "lenet"], "arch mlp (now lenet)"]):
-        assert train.main([*flags, *more]) == 2 and message in capsys.readouterr().err
+    Path("log.csv").touch()
+    for more, says in {"parts.pt": "parts.pt is there already", "log.pt": "log.csv is there already",
+                       "parts.pt --resume --lam 3": "lam 0.5 (now 3.0)",
+                       "parts.pt --resume --arch lenet": "arch mlp (now lenet)"}.items():
+        assert train.main([*flags, *more.split()]) == 2 and says in capsys.readouterr().err
 
 
-def test_a_log_that_cannot_be_written_does_not_end_a_run(scripts, monkeypatch, capsys):
-    real = data.replace
-
-    def locked(path, content, new=False):
-        if path.suffix == ".csv":
-            raise PermissionError(f"{path} is open in a spreadsheet")
-        real(path, content, new)
-    monkeypatch.setattr(data, "replace", locked)
-    assert train.main([*REFERENCE, "--epochs", "2", "--out", "a.pt", *TINY]) == 0
-    assert capsys.readouterr().err.count("open in a spreadsheet") == 3
-    assert evaluation.load_checkpoint("a.pt")[1]["epochs"] == 2
-
-
-def test_a_run_owns_its_file_before_its_first_step(scripts, monkeypatch, capsys):
-    """Of two that begin at once one is refused, a kill in the first epoch can be resumed, a full disk is known."""
-    real, flags = train.train, [*REFERENCE, *TINY]
-
-    def killed(run, *arguments):
-        assert train.main([*flags, "--out", "run.pt"]) == 2  # the second, which has seen no file: see below
+def test_of_two_runs_that_begin_at_once_one_is_refused(scripts, monkeypatch, capsys):
+    def begun(*arguments):
+        assert evaluation.load_checkpoint("run.pt")[1]["epochs"] == "0 of 1"
+        assert train.main([*REFERENCE, *TINY, "--out", "run.pt"]) == 2
         assert "run.pt is there already" in capsys.readouterr().err
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "train", killed)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", lambda path: False)
-        assert train.main([*flags, "--out", "run.pt"]) == 130
-    assert evaluation.load_checkpoint("run.pt")[1]["epochs"] == "0 of 1"
-    monkeypatch.setattr(train, "train", real)
-    assert train.main([*flags, "--out", "run.pt", "--resume"]) == 0
-    assert train.main([*flags, "--out", "whole.pt"]) == 0
-    torch.testing.assert_close(*(torch.load(name, weights_only=True)["f"] for name in ("run.pt", "whole.pt")),
-                               rtol=0, atol=0)
+    monkeypatch.setattr(train, "train", begun)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # the second has seen no file
+    assert train.main([*REFERENCE, *TINY, "--out", "run.pt"]) == 0
 
-    def full(path, content):
-        raise OSError("no space left")
-    monkeypatch.setattr(Path, "write_bytes", full)
+
+def test_a_full_disk(scripts, monkeypatch, capsys):
+    """A log that cannot be written, also while a spreadsheet has it open, does not end a run; that a checkpoint cannot
+    be written is known before the first step."""
+    full_disk(monkeypatch, ".csv")
+    assert train.main([*REFERENCE, "--epochs", "2", "--out", "a.pt", *TINY]) == 0
+    assert capsys.readouterr().err.count("no space left") == 3
+    assert evaluation.load_checkpoint("a.pt")[1]["epochs"] == 2
+    full_disk(monkeypatch, ".pt")
     monkeypatch.setattr(train, "train", lambda *arguments: pytest.fail("it has begun"))
-    assert train.main([*flags, "--out", "full.pt"]) == 2 and "no space left" in capsys.readouterr().err
+    assert train.main([*REFERENCE, *TINY, "--out", "full.pt"]) == 2 and "no space left" in capsys.readouterr().err
     assert not Path("full.pt").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
     losses, real = iter([1, math.nan]), train.BASELINES["reference"]
     monkeypatch.setitem(train.BASELINES, "reference", lambda f, x, y: next(losses) * real(f, x, y))
-    assert train.main(["--arch", "mlp", "--defense", "reference", "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
+    assert train.main([*REFERENCE, "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
     error = capsys.readouterr().err
     assert "step 1 of epoch 2" in error and "nan.pt keeps the last whole epoch" in error
     assert "--resume" not in error  # which would end at the same step
@@ -1348,65 +1172,77 @@ def test_wrong_flags(scripts, capsys, command):
     assert list(scripts.iterdir()) == []
 
 
-def test_clock():
-    assert (train.clock(59.6), train.clock(3600), train.clock(100000)) == ("0:01:00", "1:00:00", "27:46:40")
-
-
-def test_settings_and_paths():
+def test_settings_help_and_clock():
     paper, quick = train.parse_flags(["--arch", "mlp"])[1], train.parse_flags(["--quick"])[1]
     assert paper == dict(arch="mlp", defense="critic", seed=0, data="mnist", epochs=100, train_images=50000, lam=0.5,
                          lambda_rec=0.01, lambda_grad=10.0, attack_steps=5, target="closest")
     assert quick["epochs"] < 10 and train.parse_flags(["--quick", "--epochs", "70"])[1] == {**quick, "epochs": 70}
-    assert train.parse_flags(["--quick", "--data", "drawn", "--seed", "3"])[0].out == Path(
-        "runs/lenet-critic-quick-drawn-3.pt")
+    assert (train.clock(59.6), train.clock(3600), train.clock(100000)) == ("0:01:00", "1:00:00", "27:46:40")
     for parse in (train.parse_flags, evaluation.parse_flags):
         with pytest.raises(SystemExit, match="^0$"):
             parse(["--help"])
 
 
-def damaged(path, damage):
-    torch.save({**GOOD, "f": tiny().state_dict()}, path)
-    path.write_bytes(damage(path.read_bytes()))
-
-
-BAD_CHECKPOINTS = {
-    "code": lambda path: torch.save({**GOOD, "f": type("Trap", (), {
-        "__reduce__": lambda _: (os.mkdir, ("trapped",))})()}, path),  # would make a folder
-    "truncated": lambda path: damaged(path, lambda c: c[:-5000]),
-    "one bit flipped": lambda path: damaged(path, lambda c: c[:9999] + bytes([c[9999] ^ 1]) + c[10000:]),
-    "another architecture's": lambda path: torch.save({**GOOD, "f": lenet().state_dict()}, path),
-    "nan": lambda path: torch.save({**GOOD, "f": {k: v * math.nan for k, v in tiny().state_dict().items()}}, path),
-    "missing": lambda path: None,
-}
-
-
-@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused_by_name(scripts, capsys, kind):
-    path = scripts / "bad.pt"
-    BAD_CHECKPOINTS[kind](path)
-    assert evaluation.main([str(path)]) == 2
-    assert train.main(["--out", str(path), "--resume", *TINY]) == 2
-    error = capsys.readouterr().err
-    assert error.count("bad.pt") >= 2 and len(error.splitlines()) <= 4 and "Traceback" not in error
+@pytest.mark.parametrize("f, damage", [
+    (type("Trap", (), {"__reduce__": lambda _: (os.mkdir, ("trapped",))})(), lambda c: c),  # code that makes a folder
+    (None, lambda c: c[:-5000]),
+    (None, lambda c: c[:9999] + bytes([c[9999] ^ 1]) + c[10000:]),
+    (lenet().state_dict(), lambda c: c),
+    ({name: part * math.nan for name, part in tiny().state_dict().items()}, lambda c: c)])
+def test_bad_and_missing_checkpoints_are_refused_by_name(scripts, capsys, f, damage):
+    save_tiny("bad.pt", f)
+    Path("bad.pt").write_bytes(damage(Path("bad.pt").read_bytes()))
+    for name in ("bad.pt", "missing.pt"):
+        assert evaluation.main([name]) == 2
+        assert train.main(["--out", name, "--resume", "--arch", "mlp", *TINY]) == 2
+        error = capsys.readouterr().err
+        assert error.count(name) >= 2 and len(error.splitlines()) <= 4 and "Traceback" not in error
     assert not Path("trapped").exists()
 
 
 # --- What is shipped and what README says -------------------------------------------------------------------------
 
-@needs_mnist
-def test_shipped_networks():
-    *_, x, y = data.load_mnist()
-    errors = {path.name: 100 * evaluation.error_rate(evaluation.load_checkpoint(path)[0], x, y)
-              for path in (HERE / "results").glob("*.pt")}
-    assert errors == pytest.approx({"lenet-critic.pt": 1.03, "lenet-reference.pt": 0.89, "mlp-critic.pt": 1.16,
-                                    "mlp-reference.pt": 1.44}, abs=0.001)
+def measured():
+    """What results/ holds of each network, (arch, epochs, defense): column -> its values, by seed. Of a log rho, a mean
+    of five epochs, and the error on validation images; and the time of a training step."""
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for path in (HERE / "results").glob("*-[0-9][0-9]*.json"):
+        for row in json.loads(path.read_text())["results"]:
+            settings, figures = row["settings"], {**row, **row.get("figure 2", {})}
+            if path.stem.endswith("-cw"):  # all other figures are those of the 1,000 images
+                figures = {"cw": row["cw"]}
+            for column, value in figures.items():
+                found[settings["arch"], settings["epochs"], settings["defense"]][column][settings["seed"]] = value
+    for path in (HERE / "results").glob("*-[0-9][0-9].csv"):
+        arch, defense, epochs = path.stem.split("-")
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        columns = found[arch, int(epochs), defense]
+        columns["error % at the end"][0] = 100 * float(rows[-1]["val_error"])
+        rho = [float(row["rho"]) for row in rows if row["epoch"] != "0"]
+        for i in range(0, len(rho), 5):
+            columns[f"{i + 1} to {i + 5}"][0] = statistics.fmean(rho[i:i + 5])
+    steps = json.loads((HERE / "results/steps.json").read_text())
+    for (arch, _, defense), columns in found.items():
+        columns["step"][0] = steps[arch][defense]
+    return found
+
+
+@pytest.mark.skipif(not os.environ.get("MNIST_DIR"), reason="MNIST_DIR is not set to the folder of MNIST's four files")
+def test_mnist_is_mnist_and_the_shipped_networks_err_as_often_as_measured():
+    x_train, y_train, x, y = data.load_mnist()
+    assert x_train.shape == (60000, 1, 28, 28) and x.shape == (10000, 1, 28, 28) and y_train.dtype == torch.int64
+    assert x_train.min() == 0 and x_train.max() == 1 and x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
+    assert y_train[:9].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1] and y[:5].tolist() == [7, 2, 1, 0, 4]
+    for path in (HERE / "results").glob("*.pt"):
+        f, info = evaluation.load_checkpoint(path)
+        error = measured()[info["arch"], info["epochs"], info["defense"]]["test error %"][info["seed"]]
+        assert 100 * evaluation.error_rate(f, x, y) == pytest.approx(error, abs=0.001), path
 
 
 def test_the_examples_of_readme(scripts):
     os.mkdir("results")
     f, names = lenet(), {}
-    settings = {**GOOD["settings"], "arch": "lenet"}
-    torch.save({"settings": settings, "f": f.state_dict()}, "results/lenet-critic.pt")  # a file of weights alone
+    settings = save_tiny("results/lenet-critic.pt", f.state_dict(), arch="lenet")
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, names)
@@ -1417,7 +1253,7 @@ def test_the_examples_of_readme(scripts):
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])
 def test_every_command_parses(name):
     text = (HERE / name).read_text(encoding="utf-8")
-    for variable, value in {"$arch": "lenet", "$defense": "vat", "$seed": "1"}.items():
+    for variable, value in {"$arch": "lenet", "$defense": "vat", "$seed": "1", "$epochs": "10"}.items():
         text = text.replace(variable, value)
     found = re.findall(r"^ +python (train|eval)\.py([^#;\n]*)", text, re.MULTILINE)
     assert len(found) > 2
@@ -1425,31 +1261,49 @@ def test_every_command_parses(name):
         {"train": train, "eval": evaluation}[script].parse_flags(flags.split())
 
 
-def test_the_tables_of_readme_are_measured():
-    """Each number of its two tables, rounded as there, is the mean over the seeds of a kind of network in results/."""
-    groups = {}
-    for path in (HERE / "results").glob("*-[0-9][0-9].json"):
-        for row in json.loads(path.read_text())["results"]:
-            settings = row["settings"]
-            groups.setdefault((settings["arch"], settings["defense"], settings["epochs"]), []).append(row)
-
-    def mean(arch, defense, epochs, name, digits):
-        values = [row[name] for row in groups[arch, defense, epochs]]
-        return f"{sum(values) / len(values):.{digits}f}"
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    first, second = ([[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-                     for table in re.findall(r"^\| (?:defense)? ?\|.*\n(?:\|.*\n)+", text, re.MULTILINE))
-    for defense, *cells in first:
-        defense = re.match(r"`(\w+)`", defense)[1]
-        for arch, error, rho in (("mlp", *cells[0:2]), ("lenet", *cells[3:5])):
-            assert (error, rho) == (mean(arch, defense, 10, "test error %", 2), mean(arch, defense, 10, "worst", 3))
-    for name, epochs, *cells in second:
-        arch, who = name.lower().split(", ")
-        if who == "the paper's critic":
-            error, *rhos = evaluation.PUBLISHED[f"{arch} critic"][:4]
-            assert cells == [f"{error:.2f}", f"{rhos[0]:.3f}", f"{rhos[2]:.3f}", ""]
-        else:
-            key = (arch, who.strip("`"), int(epochs))
-            assert cells == [mean(*key, "test error %", 2),
-                             *(mean(*key, column, 3) for column in ("deepfool", "paper", "worst"))]
-    assert (len(first), len(second)) == (6, 5)
+@pytest.mark.parametrize("name, count", [("README.md", 48), ("results/README.md", 300)])
+def test_the_tables_are_measured(name, count):
+    """Each cell is what results/ holds of the network that its row, or a heading above it, names: a mean over the seeds
+    or the seeds one by one, and the paper's value in brackets."""
+    figures, checked, header, heading = measured(), 0, None, ""
+    same = {"rho": "worst", "DeepFool": "deepfool", "Carlini-Wagner, 100 images": "cw", "the paper's attack": "paper",
+            "time of a step": "step"}
+    for line in (HERE / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line
+        if not line.startswith("|"):
+            header = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if header is None:
+            header = cells
+            continue
+        above = ""
+        for column, cell in zip(header[1:], cells[1:]):
+            if ": " in column:  # what stands before it holds for the next columns too
+                above, column = column.split(": ")
+            networks = re.findall(r"(mlp|lenet), (\d+) epochs", f"{heading} {header[0]} {above} {cells[0]}".lower())
+            if column == "ours (paper)":
+                column = cells[1]
+            if not networks or not cell:
+                continue
+            arch, epochs = networks[-1][0], int(networks[-1][1])
+            if column == "order":
+                rho = {defense: statistics.fmean(figures[arch, epochs, defense][cells[1]].values())
+                       for defense in train.BASELINES.keys() - {"pgd"} | {"critic"}}
+                assert cell == " > ".join(sorted(rho, key=rho.get, reverse=True)), line
+                checked += 1
+            defense = re.search(r"`(\w+)`", cells[0])
+            row = figures[arch, epochs, defense[1]] if defense else {}
+            if same.get(column, column) in row:
+                values = row[same.get(column, column)]
+                number, _, paper = cell.rstrip(")").partition(" (")
+                shown = number.split(" / ")
+                if len(shown) == 1:
+                    values = {0: statistics.fmean(values.values())}
+                digits = len(number.partition(".")[2].partition(" ")[0])
+                assert shown == [f"{values[seed]:.{digits}f}" for seed in sorted(values)], line
+                if paper:
+                    assert paper == f"{row['published'][0][same.get(column, column)]:.{digits}f}", line
+                checked += 1
+    assert checked == count

@@ -3,12 +3,16 @@
     python results/checks.py confidence                  LeNet's reference under the paper's attack, to 0.99
     python results/checks.py stretch                     what looks like its target, at another network's length
     python results/checks.py chance FILE.json            by worst: the differences of neighbours, their standard errors
+    python results/checks.py chance FILE.json FILE-cw.json          the same on its images, with Carlini-Wagner in worst
+    python results/checks.py steps FILE.json             the time of a training step beside that without a defense
     python results/checks.py stronger FILE.json FILE.pt...          adv-lib's FAB and ALMA too; --json of their rows
 
 `stronger` wants more than torch: `pip install numpy tqdm`, `pip install --no-deps adv-lib==0.2.8`.
 """
 import json
+import statistics
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -18,6 +22,7 @@ import eval as evaluation  # eval is a builtin; before torch, to filter what tor
 import torch
 
 import data
+import train
 from advcritic import closest_class, per_image
 from eval import high_confidence_attack, l2, load_checkpoint, measure, paper_attack, share, vote
 
@@ -39,7 +44,7 @@ def confidence():
     moved = (found["length"] > 0) & found["length"].isfinite()
     x_adv = found["x_adv"][moved]
     looks = vote(x_adv, x_train, y_train) == f(x_adv).argmax(1)
-    print(f"median confidence 1 - {1 - f(x).softmax(1).amax(1).median().item():.2g}, to 0.99: rho {found['rho']:.3f}, "
+    print(f"median confidence 1 - {1 - f(x).double().softmax(1).amax(1).median().item():.2g}, to 0.99: rho {found['rho']:.3f}, "
           f"looks like target {100 * share(looks):.1f}%")
 
 
@@ -59,19 +64,49 @@ def stretch():
             print(f"{name} at the length of {length}: {100 * share(looks):.0f}% of {len(looks)} look like their target")
 
 
-def chance(path):
-    """Of neighbours by worst: the difference of rho, a mean over the images and the seeds, and its standard error."""
+def chance(*paths):
+    """Of neighbours by worst, the smallest length in the files: the difference of rho, a mean over the images and the
+    seeds, and its standard error."""
+    smallest = {}
+    for path in paths:
+        for row in json.loads(Path(path).read_text())["results"]:
+            length = torch.tensor([torch.inf if value is None else value for value in row["length"]])
+            key = row["settings"]["defense"], row["settings"]["seed"]
+            other = smallest.get(key, length)
+            n = min(len(length), len(other))
+            smallest[key] = torch.minimum(length[:n], other[:n])
+    x = images(n)[2]
     groups = {}
-    for row in json.loads(Path(path).read_text())["results"]:
-        length = torch.tensor([torch.inf if value is None else value for value in row["length"]])
-        groups.setdefault(row["settings"]["defense"], []).append(length)
-    x = images(len(length))[2]
-    rho = {defense: torch.stack(lengths).mean(0) / l2(x) for defense, lengths in groups.items()}
+    for (defense, _), length in smallest.items():
+        groups.setdefault(defense, []).append(length / l2(x))
+    rho = {defense: torch.stack(seeds).mean(0) for defense, seeds in groups.items()}
     order = sorted(rho, key=lambda defense: -rho[defense].mean())
     for first, second in zip(order, order[1:]):
         difference = rho[first] - rho[second]
         error = difference.std().item() / len(x) ** 0.5
         print(f"{first} - {second}: {difference.mean().item():.4f}, standard error {error:.4f}")
+
+
+def steps(path):
+    """The time of a training step of each defense, in units of that without one: in turn in one process, one thread,
+    medians of 11 rounds."""
+    torch.set_num_threads(1)
+    x_train, y_train, _, _ = images(1)
+    x, y = x_train[:100], y_train[:100]
+    found = {}
+    for arch in evaluation.NETWORKS:
+        flags = {defense: ["--arch", arch, "--defense", defense] for defense in ("critic", *train.BASELINES)}
+        runs = {defense: train.start(train.parse_flags(some)[1], "cpu") for defense, some in flags.items()}
+        seconds = {defense: [] for defense in runs}
+        for _ in range(11):
+            for defense, run in runs.items():
+                start = time.perf_counter()
+                train.step(run, 1, x, y)
+                seconds[defense].append(time.perf_counter() - start)
+        median = {defense: statistics.median(some) for defense, some in seconds.items()}
+        found[arch] = {defense: median[defense] / median["reference"] for defense in runs}
+        print(arch, ", ".join(f"{defense} {ratio:.1f}" for defense, ratio in found[arch].items()))
+    Path(path).write_text(json.dumps(found) + "\n")
 
 
 def stronger(path, *checkpoints):
@@ -100,4 +135,5 @@ def stronger(path, *checkpoints):
 
 if __name__ == "__main__":
     check, *arguments = sys.argv[1:]
-    {"confidence": confidence, "stretch": stretch, "chance": chance, "stronger": stronger}[check](*arguments)
+    {"confidence": confidence, "stretch": stretch, "chance": chance, "steps": steps,
+     "stronger": stronger}[check](*arguments)
