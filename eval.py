@@ -1,6 +1,6 @@
 """How robust is a trained classifier? The paper's attacks and DDN; the paper's Tables 1 and 2, Figures 2 and 4.
 
-    python eval.py results/*.pt --n 100             four networks in two to three minutes on two CPU cores
+    python eval.py results/*.pt --n 100             eight networks in seven minutes on one CPU core
     python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
     python eval.py all.json other.json              the tables of these rows again, without an attack
 

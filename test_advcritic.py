@@ -1233,9 +1233,10 @@ def test_mnist_is_mnist_and_the_shipped_networks_err_as_often_as_measured():
     assert x_train.shape == (60000, 1, 28, 28) and x.shape == (10000, 1, 28, 28) and y_train.dtype == torch.int64
     assert x_train.min() == 0 and x_train.max() == 1 and x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
     assert y_train[:9].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1] and y[:5].tolist() == [7, 2, 1, 0, 4]
+    figures = measured()
     for path in (HERE / "results").glob("*.pt"):
         f, info = evaluation.load_checkpoint(path)
-        error = measured()[info["arch"], info["epochs"], info["defense"]]["test error %"][info["seed"]]
+        error = figures[info["arch"], info["epochs"], info["defense"]]["test error %"][info["seed"]]
         assert 100 * evaluation.error_rate(f, x, y) == pytest.approx(error, abs=0.001), path
 
 

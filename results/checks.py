@@ -44,7 +44,8 @@ def confidence():
     moved = (found["length"] > 0) & found["length"].isfinite()
     x_adv = found["x_adv"][moved]
     looks = vote(x_adv, x_train, y_train) == f(x_adv).argmax(1)
-    print(f"median confidence 1 - {1 - f(x).double().softmax(1).amax(1).median().item():.2g}, to 0.99: rho {found['rho']:.3f}, "
+    unsure = 1 - f(x).double().softmax(1).amax(1).median().item()
+    print(f"median confidence 1 - {unsure:.2g}, to 0.99: rho {found['rho']:.3f}, "
           f"looks like target {100 * share(looks):.1f}%")
 
 
