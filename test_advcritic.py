@@ -731,8 +731,8 @@ def test_nothing_depends_on_the_defaults_of_torch(small, scripts):
         torch.set_default_device("meta")
     found, run = (*data.load_mnist("."), *drawn.__wrapped__(20, 3)), train.start(train.parse_flags([])[1], "cpu")
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(expected, found, strict=True))
-    assert all(weight.dtype == torch.float32 for weight in run.f.parameters())
-    assert all(weight.device.type == "cpu" for weight in (*run.f.parameters(), *run.D.parameters()))
+    for weight in (*run.f.parameters(), *run.D.parameters(), run.confidence.mean):
+        assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
     assert log_of("a.csv") == log_of("b.csv")
 
 
@@ -1117,7 +1117,9 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys):
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=0)
     assert log_of("whole.csv") == log_of("parts.csv") and len(log_of("parts.csv")) == 3
     Path("log.csv").touch()
+    torch.save({name: whole[name] for name in ("settings", "log", "f")}, "weights.pt")
     for more, says in {"parts.pt": "parts.pt is there already", "log.pt": "log.csv is there already",
+                       "weights.pt --resume": "weights.pt is not the whole state of a run",
                        "parts.pt --resume --lam 3": "lam 0.5 (now 3.0)",
                        "parts.pt --resume --arch lenet": "arch mlp (now lenet)"}.items():
         assert train.main([*flags, *more.split()]) == 2 and says in capsys.readouterr().err
@@ -1146,12 +1148,14 @@ def test_a_full_disk(scripts, monkeypatch, capsys):
     assert not Path("full.pt").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(scripts, monkeypatch, capsys):
-    losses, real = iter([1, math.nan]), train.BASELINES["reference"]
-    monkeypatch.setitem(train.BASELINES, "reference", lambda f, x, y: next(losses) * real(f, x, y))
+@pytest.mark.parametrize("loss, says", [
+    (lambda run: torch.tensor(math.nan), "the loss is not finite since step 1 of epoch 2"),
+    (lambda run: run.f[1].bias.data.fill_(math.inf).sign()[0], "a weight is not finite after epoch 2")])
+def test_what_is_not_finite_ends_the_run(scripts, monkeypatch, capsys, loss, says):
+    monkeypatch.setattr(train, "step", lambda run, epoch, x, y: {"loss": loss(run) if epoch > 1 else torch.ones(())})
     assert train.main([*REFERENCE, "--epochs", "2", "--out", "nan.pt", *TINY]) == 2
     error = capsys.readouterr().err
-    assert "step 1 of epoch 2" in error and "nan.pt keeps the last whole epoch" in error
+    assert says in error and "nan.pt keeps the last whole epoch" in error
     assert "--resume" not in error  # which would end at the same step
     assert [row["epoch"] for row in log_of("nan.csv")] == ["1"] and evaluation.load_checkpoint("nan.pt")
 

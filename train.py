@@ -124,8 +124,8 @@ def start(settings, device):
     f = network(settings["arch"], device)
     if settings["defense"] != "critic":
         return Run(settings, f, adam(f, lr=1e-3))
-    with torch.device("cpu"):  # whatever torch's default is
-        D, confidence = critic().to(device), RunningConfidence(10).to(device)
+    with torch.device("cpu"):  # and float32, whatever torch's defaults are
+        D, confidence = (net.to(device, torch.float32) for net in (critic(), RunningConfidence(10)))
     return Run(settings, f, adam(f, lr=5e-4, betas=(0.5, 0.999)), D, confidence, adam(D, lr=1e-3, betas=(0.5, 0.999)))
 
 
