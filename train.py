@@ -1,7 +1,7 @@
 """Train a classifier against its adversary critic, or one of the defenses that the paper compares it with.
 
     python train.py --arch lenet                          the paper's run: 100 epochs, 50,000 training steps of MNIST
-    python train.py --arch lenet --quick                  180 + 360 steps, 3 to 6 minutes on two CPU cores
+    python train.py --arch lenet --quick                  180 + 360 steps, 3 to 7 minutes on two CPU cores
     python train.py --arch lenet --quick --data drawn     the same on drawn digits, without a download
 
 Prints a line per epoch and, last, the command that measures the network on the test set.
