@@ -1219,7 +1219,8 @@ def measured():
                 found[settings["arch"], settings["epochs"], settings["defense"]][column][settings["seed"]] = value
     for row in json.loads((HERE / "results/stronger.json").read_text()):
         columns = found[row["settings"]["arch"], row["settings"]["epochs"], row["settings"]["defense"]]
-        columns["rho on 200 images"][0], columns["with FAB and ALMA"][0] = row["worst"], row["worst with FAB and ALMA"]
+        columns["rho on 200 images"][0] = row["worst"]
+        columns["with FAB and ALMA"][0] = row["worst with FAB and ALMA"]
     for path in (HERE / "results").glob("*-[0-9][0-9].csv"):
         arch, defense, epochs = path.stem.split("-")
         rows = list(csv.DictReader(path.read_text().splitlines()))
