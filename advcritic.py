@@ -1,18 +1,16 @@
-"""Improved Network Robustness with Adversary Critic (Matyasko and Chau, NIPS 2018): the method, and only the method.
+"""Improved Network Robustness with Adversary Critic (Matyasko and Chau, NIPS 2018): the method, in the paper's order.
 
-    x       images (N,...), float32 or float64        f   classifier, any callable: images -> logits (N,K)
-    y       labels (N,) int64                         D   critic, images -> logits (N,K)
-    x_adv   A_f(x; target), the attacked images       C   confidence that the attack must reach (N,)
-    target  class that the attack aims at (N,)        y_adv   class that f gives to x_adv (N,)
+    x       images (N,...), float32 or float64       f      the classifier, images -> logits (N,K)
+    y       their labels (N,), int64                 D      the critic, images -> logits (N,K)
+    target  the class that the attack aims at (N,)   C      the confidence that the attack must reach (N,)
+    x_adv   the attacked images A_f(x; target)       y_adv  the class that f gives to x_adv (N,)
 
-In every function they are these, and ValueError names the one whose shape or type is not. f must treat each image by
-itself: batch norm and dropout in eval mode. Headings name the items of the paper, in its order: the networks, Section 4
-from Eq. 4 to the alternating minimisation (train_step, where everything comes together); last, what is checked.
+These names mean the same in every function. f must treat each image on its own: batch norm and dropout in eval mode.
 
-Signs: Eqs. 4 and 5 as printed read D_k as the probability that an image is adversarial, with an unbounded loss. Here
-D_k = sigmoid(logit k) is the probability that x is natural data of class k, with the usual cross-entropy: the critic
-maximises log D_y(x) + log(1 - D_y_adv(x_adv)), and the classifier minimises -log D_y_adv(x_adv). With the logit s
-these are softplus(-s) = -log sigmoid(s) and softplus(s) = -log(1 - sigmoid(s)).
+Signs: as printed, Eqs. 4 and 5 read D_k as the probability that an image is adversarial, and their loss is unbounded.
+Here D_k = sigmoid(logit k) is the probability that x is natural data of class k, and the loss is cross-entropy, as in
+the authors' code: the critic maximises log D_y(x) + log(1 - D_y_adv(x_adv)), the classifier minimises
+-log D_y_adv(x_adv). For a logit s, -log sigmoid(s) = softplus(-s) and -log(1 - sigmoid(s)) = softplus(s).
 """
 import torch
 import torch.nn.functional as F
@@ -29,9 +27,7 @@ class GaussianNoise(nn.Module):
         self.std = std
 
     def forward(self, x):
-        if not self.training:
-            return x
-        return x + self.std * torch.randn_like(x)
+        return x + self.std * torch.randn_like(x) if self.training else x
 
 
 def he_normal(net):
@@ -44,10 +40,8 @@ def he_normal(net):
 
 
 def critic():
-    """D: logit k scores "natural data of class k". The label enters only by choosing the output (Figure 3).
-
-    The paper has the noise and the leaky units, but not how much: 0.1, 0.5 and 0.2 are chosen.
-    """
+    """D: logit k scores "natural data of class k". The label enters only by choosing the output (Figure 3). The amount
+    of noise, the slope 0.2 and the initialisation are from the authors' code."""
     return he_normal(nn.Sequential(
         nn.Flatten(),
         GaussianNoise(0.1), nn.Linear(784, 1200), nn.LeakyReLU(0.2),
@@ -66,7 +60,7 @@ def mlp():
 
 
 def lenet():
-    """LeNet-5 of Table 1b. Pooling before ReLU is the same function as after it, on a quarter of the values."""
+    """LeNet-5 of Table 1b, its widths from the authors' code. Pooling before ReLU is the same function as after it."""
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
         nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)
@@ -85,83 +79,86 @@ def gradient_penalty(score, x):
 
 
 def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
-    """Eq. 4, minimised by D; x and x_adv are constants. With s_k the critic's logit k:
+    """Eq. 4, which D minimises. With s_k the critic's logit k:
 
     mean softplus(-s_y(x)) + mean softplus(s_y_adv(x_adv)) + lambda_grad (penalty(s_y, x) + penalty(s_y_adv, x_adv))
 
-    Over all images, also where the attack failed. The penalty is taken at x and at x_adv, not between them, and on the
-    very logits of the first two terms: it sees the same draw of the critic's noise.
+    The means run over the whole batch, failed attacks included; the paper's expectations over classes become this one
+    batch, as in the authors' code. x and x_adv are constants. The penalty is taken at x and at x_adv, not between
+    them, and on the same logits as the first two terms, so with the same draw of the critic's noise.
     """
-    x, x_adv = leaf(x), leaf(x_adv, "x_adv")
-    real = pick(checked(D, x, y=y), y)
-    fake = pick(checked(D, x_adv, y_adv=y_adv), y_adv)
+    x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
+    real = pick(D(x), y)
+    fake = pick(D(x_adv), y_adv)
     penalty = gradient_penalty(real, x) + gradient_penalty(fake, x_adv)
     return F.softplus(-real).mean() + F.softplus(fake).mean() + lambda_grad * penalty
 
 
 # --- Eq. 5 and Eq. 6: the classifier's objective, with the cycle-consistency term ---------------------------------
 
-def classifier_loss(f, D, x, y, x_adv, lam, lambda_rec=0.01, steps=5):
-    """Eq. 5 + Eq. 6, minimised by f. With s_k the critic's logit k:
+def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
+    """Eq. 5 + Eq. 6, which f minimises. With s_k the critic's logit k:
 
     mean NLL(x, y) + lam mean softplus(-s_y_adv(x_adv)) + lambda_rec mean |x_rec - x|_2^2,
-    x_rec = A_f(x_adv; the class that f gives to x), to the confidence that f has in it at x
+    x_rec = A_f(x_adv; the class that f gives to x), to the confidence that f has in this class at x
 
-    x_adv is what attack(f, x, ..., create_graph=True) made of x with the same f. The second and third mean run over
-    the images whose attack changed the prediction (the paper's y_s != y_t), and are 0 where there is none. lam is 0.5
-    for the MLP and 0.1 for LeNet. Returns the loss, and a dict of its detached parts: nll, fool, cycle (before their
-    weights) and success, the share of the images whose attack changed the prediction.
+    x_adv = attack(f, x, ..., create_graph=True) with this f. The second and third mean run over the images whose attack
+    changed the prediction (the paper's y_s != y_t), and are 0 if there is none. The paper's lam is 0.5 for the MLP and
+    0.1 for LeNet. Returns the loss, and a dict of its detached parts: nll, fool and cycle before their weights, and
+    success, the share of the images whose attack changed the prediction.
     """
-    logits = checked(f, x, y=y)
-    expect(isinstance(x_adv, torch.Tensor) and x_adv.shape == x.shape, "x_adv", x_adv, f"x's shape {tuple(x.shape)}")
+    logits = f(x)
     probability, predicted = logits.softmax(1).max(1)
-    with torch.no_grad():
-        y_adv = f(x_adv).argmax(1)
-    # As in the released code, x_adv is a constant here: of the two attacks only the way back is differentiated. As
-    # there, its confidence is no constant, so this term trains f at x as well: about a third of its gradient. Eq. 6
-    # prints |.|_2; the released code, where lambda_rec = 0.01 comes from, squares it, and so do we.
-    x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
+    success = y_adv != predicted
 
-    moved = y_adv != predicted
     nll = F.cross_entropy(logits, y)
-    # The gradient of `fool` runs through D and x_adv into the attack and f.
-    fool = mean_where(moved, F.softplus(-pick(checked(D, x_adv), y_adv)))
-    cycle = mean_where(moved, (x_rec - x).flatten(1).square().sum(1))
-    parts = dict(nll=nll, fool=fool, cycle=cycle, success=moved.to(nll.dtype).mean())
+    # The gradient of `fool` passes through D and x_adv into the attack, and through the attack into f.
+    fool = mean_where(success, F.softplus(-pick(D(x_adv), y_adv)))
+    # Here x_adv is a constant, so that only the attack back to x is differentiated. Its confidence is not a constant:
+    # through it the cycle term also trains f at the clean images. Both are as in the authors' code. So is the square,
+    # which Eq. 6 does not print: the authors' code has it with the paper's lambda_rec = 0.01.
+    x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
+    cycle = mean_where(success, (x_rec - x).flatten(1).square().sum(1))
+
+    parts = dict(nll=nll, fool=fool, cycle=cycle, success=success.to(nll.dtype).mean())
     return nll + lam * fool + lambda_rec * cycle, {name: part.detach() for name, part in parts.items()}
 
 
 def mean_where(mask, value):
-    """Mean of value (N,) over the True of mask (N,), 0 where there is none. value[mask] would make a GPU wait."""
-    return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
+    """The mean of value (N,) over the images for which mask (N,) is True; 0 if there is none. A GPU would have to wait
+    for value[mask], whose size depends on the data, and for torch.where(mask, value, 0), which copies the 0 to it."""
+    return value.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 # --- Eq. 7 and Algorithm 1: one step of the attack, and the attack A_f --------------------------------------------
 
 def attack_step(f, x, target, confidence, create_graph=False):
-    """Eq. 7 at the point x: the shortest r_i that brings the target's log-probability, linearised at x, to log C.
+    """Eq. 7 at x: the shortest step r_i after which, to first order, the target's log-probability is log C. If it is
+    above log C already, the step still goes towards the target: whoever calls this decides when to stop.
 
     r_i = (sqrt(eps) + |log C - l| / n) w / n,   l = log p,   w = grad_x l,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    Eq. 7 prints (log C - l) / |w|, the length without its bars; the direction is w / |w|. sqrt(eps) carries the step
-    just past its goal. C = confidence in (0,1], a float or (N,); x is a constant.
-    Returns r_i (N,...), and at x the target's probability p (N,) and f's logits (N,K): detached, or with create_graph
-    differentiable functions of f's weights, r_i also of confidence.
+    Eq. 7 prints the length (log C - l) / |w|; the direction is w / |w|. sqrt(eps) carries the step just past its goal.
+    C = confidence, a float in (0,1] (ValueError if not) or (N,); x is a constant. Returns r_i (N,...) and, at x, the
+    target's probability p (N,) and f's logits (N,K). They are detached, unless create_graph makes them functions of
+    f's weights and of C.
     """
-    eps = 1e-8
-    C = as_confidence(confidence, x)
-    with torch.inference_mode(False), torch.enable_grad():
-        x = leaf(x)
-        logits = checked(f, x, target=target)
-        l = pick(logits.log_softmax(1), target.clone())  # a clone can be kept for the gradient, also in inference mode
-        # The gradient of the sum holds every image's own gradient. create_graph makes w differentiable too: the
-        # paper's second-order derivative d2f / dx dw.
+    if not isinstance(confidence, torch.Tensor) and not 0 < confidence <= 1:
+        raise ValueError(f"confidence: {confidence}, expected a probability in (0,1]")
+    eps = 1e-8  # as in the authors' code
+    C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = f(x)
+        l = pick(logits.log_softmax(1), target)
+        # The gradient of the sum holds each image's own gradient. create_graph makes w a function of the weights too:
+        # its derivative is the paper's second-order d2f / dx dw.
         w, = torch.autograd.grad(l.sum(), x, create_graph=create_graph)
-    if not create_graph:
-        C, l, logits = C.detach(), l.detach(), logits.detach()
-    n = (eps + w.flatten(1).square().sum(1)).sqrt()
-    length = eps ** 0.5 + (C.log() - l).abs() / n
-    return per_image(length / n, w) * w, l.exp(), logits
+        if not create_graph:
+            C, l, logits = C.detach(), l.detach(), logits.detach()
+        n = (eps + w.flatten(1).square().sum(1)).sqrt()
+        length = eps ** 0.5 + (C.log() - l).abs() / n
+        return broadcast(length / n, w) * w, l.exp(), logits
 
 
 def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False):
@@ -171,52 +168,43 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
     x_adv = x + (1 + overshoot) r,   not clipped to [0,1]
 
     C = confidence in (0,1], a float or (N,). An image that reached C stays where it is; an attack that fails keeps its
-    last iterate. Detached unless create_graph, in which case x_adv carries a gradient to f's weights and to confidence,
-    and `steps` passes of f stay in memory. The form of the paper's tests is eval.high_confidence_attack.
+    last iterate. x_adv is detached, unless create_graph makes it a function of f's weights and of C; then the graphs of
+    all steps stay in memory. The form that the paper tests with is eval.high_confidence_attack.
     """
-    C, x = as_confidence(confidence, x), x.detach()
-    if not create_graph:
-        C = C.detach()
-    r, go = torch.zeros_like(x), torch.ones_like(C)
-    for _ in range(steps):
-        # Where the gradient stops: x_i is a constant. f's weights reach x_adv through each r_i, computed with them at
-        # x_i, but not through the point x_i itself, to which earlier steps came with the same weights: that path would
-        # multiply each step's gradient by the Jacobians of all later steps, which hold Hessians of log p.
-        x_i = (x + (1 + overshoot) * r).detach()
-        r_i, p, _ = attack_step(f, x_i, target, C, create_graph)
-        s = torch.sigmoid(C - p)
-        go = go * (s + (s.round() - s).detach())  # 1[p < C], with the gradient of s: the straight-through estimator
-        r = r + per_image(go, x) * r_i
-    return x + (1 + overshoot) * r
+    x = x.detach()
+    r, indicator = torch.zeros_like(x), x.new_ones(len(x))
+    C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
+    with torch.set_grad_enabled(create_graph):
+        for _ in range(steps):
+            # Here the gradient stops: x_i is a constant. x_adv depends on f's weights in two ways. Each step r_i is
+            # computed with them, and this dependence is differentiated. The point x_i, at which r_i is computed, was
+            # also reached with them, and this dependence is cut. If it were not, the gradient of each step would be
+            # multiplied by the Jacobians of all later steps, which contain Hessians of log p.
+            x_i = (x + (1 + overshoot) * r).detach()
+            r_i, p, _ = attack_step(f, x_i, target, confidence, create_graph)
+            # The straight-through estimator: the value of s.round() is 1[p < C], its gradient is that of s.
+            s = torch.sigmoid(C - p)
+            indicator = indicator * (s + (s.round() - s).detach())
+            r = r + broadcast(indicator, x) * r_i
+        return x + (1 + overshoot) * r
 
 
 # --- Section 4: the attack's target and its confidence ------------------------------------------------------------
 
 def boundaries(f, x, label):
-    """The boundaries between label and every class k, f linearised at x (DeepFool, Moosavi-Dezfooli et al. 2016):
+    """The boundary between label and each class k, if f were linear around x (DeepFool, Moosavi-Dezfooli et al. 2016).
 
-    gap (N,K) f_label - f_k;   norm (N,K) |grad f_label - grad f_k|_2;   both 0 at k = label
-    w (N,...) grad f_k - grad f_label, of the class k whose boundary is closest: the direction towards it. All detached.
+    Returns norm (N,K) = |grad f_label - grad f_k|_2 and distance (N,K) = |f_label - f_k| / norm, which is infinite at
+    k = label. Both are detached.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        x = leaf(x)
-        logits = checked(f, x, label=label)
-        label = label.clone()  # a clone can be kept for the gradient, also in inference mode
-        difference = logits - pick(logits, label)[:, None]  # f_k - f_label
-        gap = -difference.detach()
-        norm = torch.zeros_like(gap)
-        for i in range(1, logits.shape[1]):  # one gradient at a time: memory does not grow with K
-            k = (label + i) % logits.shape[1]  # of each image another class than label
-            w, = torch.autograd.grad(pick(difference, k).sum(), x, retain_graph=True)
-            norm.scatter_(1, k[:, None], w.flatten(1).norm(dim=1, keepdim=True))
-        closest = boundary_distance(gap, norm, label).argmin(1)
-        w, = torch.autograd.grad(pick(difference, closest).sum(), x)
-    return gap, norm, w
-
-
-def boundary_distance(gap, norm, label):
-    """|gap| / norm (N,K), the distance to each boundary of boundaries(); inf at the label itself, which has none."""
-    return (gap.abs() / norm.clamp(min=1e-12)).scatter(1, label[:, None], torch.inf)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = f(x)
+        gap = pick(logits, label)[:, None] - logits
+        # One class at a time, so that memory does not grow with K.
+        norm = torch.stack([l2(*torch.autograd.grad(gap_k.sum(), x, retain_graph=True)) for gap_k in gap.unbind(1)], 1)
+    distance = gap.detach().abs() / norm.clamp(min=1e-12)
+    return norm, distance.scatter(1, label[:, None], torch.inf)
 
 
 def closest_class(f, x, label):
@@ -226,20 +214,19 @@ def closest_class(f, x, label):
 
     In training the label is the class that f predicts.
     """
-    gap, norm, _ = boundaries(f, x, label)
-    return boundary_distance(gap, norm, label).argmin(1)
+    return boundaries(f, x, label)[1].argmin(1)
 
 
 def uniform_class(f, x, label):
-    """The paper's alternative: a class (N,) other than label, uniformly at random; f says how many there are."""
+    """The paper's alternative: a class (N,) other than label, uniformly at random."""
     with torch.no_grad():
-        num_classes = checked(f, x, label=label).shape[1]
-    return (label + torch.randint_like(label, 1, num_classes)) % num_classes
+        K = f(x[:1]).shape[1]
+    return (label + torch.randint_like(label, 1, K)) % K
 
 
 class RunningConfidence(nn.Module):
-    """The running mean, per class, of the classifier's confidence on natural images (Section 4); C = mean[target].
-    mean (K,) starts at 1, is a constant for the gradient, and a buffer: state_dict() and .to(device) know it."""
+    """The running mean, per class, of the classifier's confidence on natural images (Section 4): C = mean[target].
+    mean (K,) starts at 1. It is a buffer, so state_dict() and .to(device) include it."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -247,14 +234,11 @@ class RunningConfidence(nn.Module):
 
     @torch.no_grad()
     def update(self, logits):
-        """mean[k] <- 0.5 mean[k] + 0.5 (mean probability of k over the images predicted as k), from natural images'
-        logits (N,K). A class that no image is predicted as keeps its value; rows that are not finite are left out."""
-        ok = isinstance(logits, torch.Tensor) and logits.dim() == 2 and logits.shape[1] == len(self.mean)
-        expect(ok, "logits", logits, f"a tensor (N, {len(self.mean)})")
-        probability, predicted = logits.to(self.mean.dtype).softmax(1).max(1)
-        classes = torch.arange(len(self.mean), device=logits.device)
-        is_k = (predicted[:, None] == classes) & probability.isfinite()[:, None]  # (N,K)
-        batch_mean = torch.where(is_k, probability[:, None], 0).sum(0) / is_k.sum(0).clamp(min=1)
+        """mean[k] <- 0.5 mean[k] + 0.5 (the mean probability of k over the images predicted as k), from the logits
+        (N,K) of natural images. A class that no image is predicted as keeps its value."""
+        probability, predicted = logits.softmax(1).max(1)
+        is_k = predicted[:, None] == torch.arange(len(self.mean), device=logits.device)  # (N,K)
+        batch_mean = probability[:, None].masked_fill(~is_k, 0).sum(0) / is_k.sum(0).clamp(min=1)
         self.mean.copy_(torch.where(is_k.any(0), 0.5 * self.mean + 0.5 * batch_mean, self.mean))
 
 
@@ -262,102 +246,60 @@ class RunningConfidence(nn.Module):
 
 def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lambda_grad=10.0, steps=5,
                choose_target=closest_class):
-    """One training step of the classifier f and the critic D on a batch x in [0,1], y; in place.
+    """One training step of the classifier f and the critic D, in place, on a batch of images x in [0,1], labels y.
 
-    confidence is a RunningConfidence, updated with x; adam_f and adam_D the optimisers of f and of D; lam, lambda_rec,
-    lambda_grad the weights in Eqs. 5, 6 and 4; steps those of the attack; choose_target(f, x, label) picks its target.
-    D has as many classes as f, and is called in its present mode: train(), for its noise.
-    Returns a dict of detached scalars: nll, fool, cycle, success as classifier_loss has them, and critic, Eq. 4.
+    confidence is a RunningConfidence, which is updated; adam_f and adam_D are the optimizers of f and of D; lam,
+    lambda_rec and lambda_grad are the weights in Eqs. 5, 6 and 4; the attack takes `steps` steps to the class that
+    choose_target(f, x, label) picks. D has as many outputs as f, and is in train mode, for its noise.
+    Returns a dict of detached scalars: nll, fool, cycle and success as in classifier_loss, and critic, Eq. 4.
     Nothing is read back to the host.
     """
     with torch.no_grad():
-        logits = checked(f, x, y=y)
-    players = [{p for group in adam.param_groups for p in group["params"]} for adam in (adam_f, adam_D)]
-    if players[0] & players[1]:
-        raise ValueError("adam_f and adam_D share weights, expected those of f and those of D")
+        logits = f(x)
+    if logits.shape != (len(x), len(confidence.mean)) or y.shape != (len(x),):
+        raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(y.shape)} and {len(confidence.mean)} classes in "
+                         f"confidence do not match {len(x)} images")
     confidence.update(logits)
     target = choose_target(f, x, logits.argmax(1))
-    # The attack is computed once. The critic sees its images, the classifier also differentiates through it.
+    # The attack is computed once. The critic sees its images; the classifier also differentiates through it.
     x_adv = attack(f, x, target, confidence.mean[target], steps, create_graph=True)
     with torch.no_grad():
         y_adv = f(x_adv).argmax(1)
 
-    # Critic, Eq. 4: maximise log D_y(x) + log(1 - D_y_adv(x_adv)), with the gradient norm penalty.
+    # The critic, Eq. 4: maximise log D_y(x) + log(1 - D_y_adv(x_adv)), with the gradient norm penalty.
     loss_D = critic_loss(D, x, y, x_adv, y_adv, lambda_grad)
     minimise(loss_D, adam_D)
 
-    # Classifier, Eq. 5 + Eq. 6: minimise NLL - lam log D_y_adv(x_adv) + lambda_rec |A_f(x_adv) - x|^2.
-    loss_f, parts = classifier_loss(f, D, x, y, x_adv, lam, lambda_rec, steps)
+    # The classifier, Eq. 5 + Eq. 6: minimise NLL - lam log D_y_adv(x_adv) + lambda_rec |A_f(x_adv) - x|^2.
+    loss_f, parts = classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec, steps)
     minimise(loss_f, adam_f)
     return {**parts, "critic": loss_D.detach()}
 
 
 def minimise(loss, optimizer):
-    """One step of optimizer on those of its weights that require a gradient. No other tensor gets one, so that each
-    loss moves one player. ValueError where the loss depends on none of them."""
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if not trained:
-        return
+    """One step of the optimizer. Only its own weights get a gradient, so that each loss trains one player."""
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not weights:
+        return  # this player is frozen
     optimizer.zero_grad()
-    loss.backward(inputs=trained)
-    if all(p.grad is None for p in trained):
-        raise ValueError("the loss reaches none of the optimizer's weights: is it of a copy, or of the other player?")
+    loss.backward(inputs=weights)
+    if all(p.grad is None for p in weights):
+        raise ValueError("the loss depends on none of the optimizer's weights: are they another network's?")
     optimizer.step()
 
 
-# --- Shapes: none of these looks at values, so that nothing waits for a GPU ---------------------------------------
-
-def per_image(value, x):
-    """value (N,) as (N,1,...,1), to multiply images x (N,...) one by one."""
-    return value.view(-1, *[1] * (x.dim() - 1))
-
+# --- Small tools --------------------------------------------------------------------------------------------------
 
 def pick(logits, k):
-    """Of logits (N,K) those of the classes k (N,): (N,)."""
+    """Of logits (N,K), those of the classes k (N,): (N,)."""
     return logits.gather(1, k[:, None]).squeeze(1)
 
 
-def expect(ok, name, value, expected):
-    """ValueError unless ok, with the type and shape of what was given under this name."""
-    if not ok:
-        found = type(value).__name__
-        if isinstance(value, torch.Tensor):
-            found = f"{value.dtype} of shape {tuple(value.shape)}"
-        raise ValueError(f"{name}: {found}, expected {expected}")
+def broadcast(value, x):
+    """value (N,) as (N,1,...,1): a number for each of the images x (N,...), to multiply or select them."""
+    return value.view(-1, *[1] * (x.dim() - 1))
 
 
-def expect_images(x, name="x"):
-    """ValueError unless x is a tensor (N,...) of floating-point numbers."""
-    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 1
-    expect(ok, name, x, "images, a tensor (N,...) of floating-point numbers")
-
-
-def leaf(x, name="x"):
-    """A constant copy of the images x, to take gradients with respect to it."""
-    expect_images(x, name)
-    return x.clone().detach().requires_grad_()
-
-
-def checked(f, x, **labels):
-    """f(x), if it is logits (N,K) with K >= 2 for images x, and each of the labels (N,) int64."""
-    expect_images(x)
-    for name, label in labels.items():
-        ok = isinstance(label, torch.Tensor) and label.shape == (len(x),) and label.dtype == torch.int64
-        expect(ok, name, label, f"a tensor ({len(x)},) of int64")
-    logits = f(x)
-    ok = isinstance(logits, torch.Tensor) and logits.dim() == 2 and len(logits) == len(x) and logits.shape[1] > 1
-    expect(ok, "logits", logits, f"a tensor ({len(x)}, K) with K >= 2 classes")
-    return logits
-
-
-def as_confidence(confidence, x):
-    """A confidence, a float in (0,1] or a tensor () or (N,), as a tensor (N,) of x's type, which is float32 or float64:
-    half precision would round the eps of Eq. 7 to 0."""
-    expect_images(x)
-    expect(x.dtype in (torch.float32, torch.float64), "x", x, "images in float32 or float64")
-    expect(isinstance(confidence, (int, float, torch.Tensor)), "confidence", confidence, "a float or a tensor")
-    if isinstance(confidence, (int, float)) and not 0 < confidence <= 1:
-        raise ValueError(f"confidence: {confidence}, expected a probability in (0,1]")
-    C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
-    expect(C.shape in ((), (len(x),)), "confidence", C, f"a float or a tensor ({len(x)},)")
-    return C.expand(len(x))
+def l2(v):
+    """|v|_2 of each image: v (N,...) -> (N,)."""
+    return v.flatten(1).norm(dim=1)

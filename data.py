@@ -6,8 +6,6 @@
 import gzip
 import hashlib
 import http.client
-import io
-import math
 import os
 import secrets
 import urllib.request
@@ -17,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-           "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MIRRORS = "https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
 # Name, shape, and SHA-256 of the decompressed file: a header of big-endian 32-bit integers, then one byte per value.
 FILES = (
@@ -32,56 +29,55 @@ FILES = (
 # --- MNIST --------------------------------------------------------------------------------------------------------
 
 def load_mnist(data_dir=None, mirrors=MIRRORS):
-    """MNIST (LeCun and Cortes) from the four IDX files in data_dir, gzipped or not, or in MNIST/raw below it, where
-    torchvision puts them. Files that are missing are downloaded into data_dir from the first mirror that has them.
+    """MNIST (LeCun and Cortes) from its four IDX files in data_dir, gzipped or not, or in MNIST/raw below it, where
+    torchvision puts them. A file that is missing is downloaded into data_dir, from the first mirror that has it.
 
-    data_dir defaults to $MNIST_DIR, else "data". Returns x_train (60000,1,28,28) float32 in [0,1], y_train (60000,)
-    int64, x_test (10000,1,28,28), y_test (10000,). Raises ValueError where a file does not hold exactly the
-    published bytes, OSError where one is missing and no mirror has it.
+    data_dir is $MNIST_DIR or "data" if it is not given. Returns x_train (60000,1,28,28) float32 in [0,1], y_train
+    (60000,) int64, x_test (10000,1,28,28), y_test (10000,). ValueError if a file does not hold exactly the published
+    bytes, OSError if a file is missing and no mirror has it.
     """
-    data_dir = Path(os.path.expanduser(data_dir or os.environ.get("MNIST_DIR") or "data"))
+    data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
     tensors = []
     for name, shape, sha256 in FILES:
-        content = bytearray(find(data_dir, name, shape, sha256) or download(data_dir, name, shape, sha256, mirrors))
-        values = torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
-        tensors.append(values[:, None].to(torch.float32) / 255 if len(shape) == 3 else values.to(torch.int64))
+        content = find(data_dir, name, sha256) or download(data_dir, name, sha256, mirrors)
+        header = 4 + 4 * len(shape)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+        tensors.append(values[:, None].float() / 255 if len(shape) == 3 else values.long())
     return tuple(tensors)
 
 
-def find(data_dir, name, shape, sha256):
-    """The verified bytes of a file that is on disk, None where it is not. ValueError where it is another file."""
+def find(data_dir, name, sha256):
+    """The verified content of a file that is on disk, or None. ValueError if there is a file, but another one."""
     for path in (data_dir / folder / (name + ending) for folder in ("", "MNIST/raw") for ending in ("", ".gz")):
         if path.is_file():
             try:
-                return verify(path.read_bytes(), shape, sha256)
+                return verify(path.read_bytes(), sha256)
             except ValueError as error:
                 raise ValueError(f"{path} is not MNIST's {name}: {error}. Delete it to download it anew") from None
     return None
 
 
-def verify(content, shape, sha256):
+def verify(content, sha256):
     """content, decompressed if it is gzipped. ValueError if it is not the published file."""
-    size = 4 + 4 * len(shape) + math.prod(shape)
     if content[:2] == b"\x1f\x8b":
         try:
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read(size + 1)  # and no more, whatever it unpacks to
+            content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"the gzip archive is broken ({error})") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{len(content)} bytes, beginning with {content[:12]!r}, expected the published {size}")
+        raise ValueError(f"it has {len(content)} bytes, begins with {content[:12]!r} and has not the published SHA-256")
     return content
 
 
-def download(data_dir, name, shape, sha256, mirrors):
-    """Fetches name.gz from the first mirror that has it, verifies it and only then puts it into data_dir."""
+def download(data_dir, name, sha256, mirrors):
+    """The content of name, from the first mirror that has it. Only a verified archive is put into data_dir."""
     failures = []
     for mirror in mirrors:
         try:
             with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=10) as response:
-                archive = response.read(math.prod(shape) + 4096)  # and no more
-            content = verify(archive, shape, sha256)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+                archive = response.read()
+            content = verify(archive, sha256)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"  {mirror}: {error}")
             continue
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -90,26 +86,15 @@ def download(data_dir, name, shape, sha256, mirrors):
     raise FileNotFoundError("\n".join([
         f"MNIST's {name} is not in {data_dir}, and no mirror gave it:", *failures,
         f"Put the four files into {data_dir}, gzipped or not, or name their folder with --data-dir or $MNIST_DIR:",
-        f"  {', '.join(name for name, _, _ in FILES)}",
-        "Or run without MNIST, on drawn digits: --data drawn"]))
+        f"  {', '.join(name for name, _, _ in FILES)}", "Or run on digits that the computer draws: --data drawn"]))
 
 
-def replace(path, content, new=False):
-    """Writes a file so that a kill at any moment leaves the old content or the new, whoever else is writing it. A link
-    stays: what it names is written. new: FileExistsError where there is one; of two at once, one gets the file."""
-    path = Path(os.path.realpath(path))
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    if new:
-        path.touch(exist_ok=False)
+def replace(path, content):
+    """Writes content, bytes, to path. A kill at any moment leaves the old file or the new one, both whole."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two runs may write at once
     try:
         part.write_bytes(content)
         part.replace(path)
-    except BaseException as error:
-        if new:
-            path.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{path} could not be written: {error}") from None
-        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -128,20 +113,28 @@ FONT = """
 
 
 def drawn_digits(n, seed):
-    """n drawn digits, an offline stand-in with MNIST's shapes: x (n,1,28,28) float32 in [0,1], y (n,) int64. Each is
-    the glyph of its class in FONT with a random scale, slant, shift, thickness and pixel noise, all set by the seed."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+    """n drawn digits in MNIST's shapes: x (n,1,28,28) float32 in [0,1], y (n,) int64. Each is the glyph of its class in
+    FONT, with a random scale, slant, shift, thickness and pixel noise, which the seed sets."""
+    generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+        return low + (high - low) * torch.rand(*shape, generator=generator)
     rows = [[[mark == "#" for mark in glyph] for glyph in line.split()] for line in FONT.strip().split("\n")]
-    glyphs = torch.tensor(rows, dtype=torch.float32, device="cpu").transpose(0, 1)[:, None]    # (10,1,7,5)
+    glyphs = torch.tensor(rows).float().transpose(0, 1)[:, None]                               # (10,1,7,5)
     glyphs = F.interpolate(F.pad(glyphs, (2, 2, 2, 2)), scale_factor=8, mode="bicubic")        # (10,1,88,72)
-    y = torch.randint(10, (n,), generator=generator, device="cpu")
+    y = torch.randint(10, (n,), generator=generator)
     scale_x, slant, scale_y = uniform(1.0, 1.4, n), uniform(-0.2, 0.5, n), uniform(0.8, 1.2, n)
     shift_x, shift_y = uniform(-0.15, 0.15, 2, n)
-    affine = torch.stack([scale_x, slant, shift_x, torch.zeros_like(slant), scale_y, shift_y], 1).view(n, 2, 3)
+    affine = torch.stack([scale_x, slant, shift_x, torch.zeros(n), scale_y, shift_y], 1).view(n, 2, 3)
     grid = F.affine_grid(affine, (n, 1, 28, 28), align_corners=False)
-    ink = F.grid_sample(glyphs[y], grid, align_corners=False) - uniform(0.1, 0.4, n, 1, 1, 1)  # (n,1,28,28)
-    ink = 3 * ink + 0.05 * torch.randn(n, 1, 28, 28, generator=generator, dtype=torch.float32, device="cpu")
+    ink = F.grid_sample(glyphs[y], grid, align_corners=False)                                  # (n,1,28,28)
+    ink = 3 * (ink - uniform(0.1, 0.4, n, 1, 1, 1)) + 0.05 * torch.randn(n, 1, 28, 28, generator=generator)
     return (255 * ink.clamp(0, 1)).round() / 255, y  # of 256 shades, as MNIST
+
+
+def load(source, data_dir=None):
+    """The four tensors of load_mnist, by name: "mnist", or "drawn" for as many drawn digits of the same shapes."""
+    if source == "mnist":
+        return load_mnist(data_dir)
+    *training, test = [drawn_digits(10000, seed) for seed in range(7)]
+    return *(torch.cat(part) for part in zip(*training)), *test

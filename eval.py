@@ -1,211 +1,85 @@
-"""How robust is a trained classifier? The paper's attacks and DDN; the paper's Tables 1 and 2, Figures 2 and 4.
+"""How robust is a trained classifier? The paper's attacks and DDN, its Tables 1 and 2, and its Figures 2 and 4.
 
-    python eval.py results/*.pt --n 100             eight networks in seven minutes on one CPU core
-    python eval.py runs/*.pt --n 100 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
-    python eval.py all.json other.json              the tables of these rows again, without an attack
+    python eval.py runs/*.pt --n 1000 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
-Prints the tables, the published values in brackets: a line for each defense and network, with mean±standard deviation
-over checkpoints that differ only in the seed. The attacks are functions of any classifier f, images x and labels y.
+Prints the tables, with the paper's values in brackets. Checkpoints that differ only in the seed share a line.
 """
 import argparse
-import functools
 import glob
-import html
+import io
 import json
 import math
-import os
-import statistics
 import struct
 import sys
 import time
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's only complaint where numpy is not
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch does not need it
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
-from advcritic import (as_confidence, attack_step, boundaries, boundary_distance, checked, closest_class, expect,
-                       expect_images, leaf, lenet, mlp, per_image, pick)
+from advcritic import attack_step, boundaries, broadcast, closest_class, l2, lenet, mlp, pick
 
 NETWORKS = {"lenet": lenet, "mlp": mlp}
-DATA = ("mnist", "drawn")
 
 
-# --- Eq. 8: rho ---------------------------------------------------------------------------------------------------
-
-def wide(x):
-    """x in float32 at least, so that sums over half precision are right."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def l2(v):
-    """|v|_2 of each image: v (N,...) -> (N,)."""
-    return wide(v).flatten(1).norm(dim=1)
-
+# --- The attacks: f, images x (N,...) in [0,1] that f classifies as y (N,) -> x_adv (N,...) in [0,1], detached -----
+# An attack leaves f, its mode and its gradients as they were. It does not promise that x_adv fools f: measure(), below,
+# decides that. To copy an attack, take the functions that it calls along; they are small.
 
 def unit(v):
-    """v (N,...) divided by its l2 length, image by image."""
-    return v / per_image(l2(v).clamp(min=1e-12), v)
+    """v (N,...) divided by its l2 length, image by image; 0 stays 0."""
+    return F.normalize(v.flatten(1)).view_as(v)
 
 
-def rho(x, x_adv):
-    """|x_adv - x|_2 / |x|_2 of each image (Eq. 8 before the mean): (N,), nan where x is black (norm 0)."""
-    expect_images(x)
-    expect(isinstance(x_adv, torch.Tensor) and x_adv.shape == x.shape, "x_adv", x_adv, f"x's shape {tuple(x.shape)}")
-    norm = l2(x)
-    return torch.where(norm > 0, l2(wide(x_adv) - wide(x)) / norm, torch.nan)
+def gradient_towards(f, x, y, k):
+    """f's logits (N,K) at x, and the gradient (N,...) of f_k - f_y at x: the direction from class y to class k."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = f(x)
+        w, = torch.autograd.grad((pick(logits, k) - pick(logits, y)).sum(), x)
+    return logits.detach(), w
 
-
-def mean_rho(x, length):
-    """Eq. 8 from the lengths (N,) of the perturbations, without infinite ones and without black images."""
-    ratio = length / l2(x)
-    return ratio[ratio.isfinite()].mean().item()
-
-
-# --- The class that f gives to an image ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def batched_logits(f, x):
-    """f(x) (N,K), computed in parts that fit into memory; for no images, which not every f can take, (0,2)."""
-    expect_images(x)
-    if len(x) == 0:
-        return wide(x).new_zeros(0, 2)
-    return torch.cat([checked(f, part.clone()) for part in x.split(500)])  # clone: for an f that works in place
-
-
-def classify(f, x, y):
-    """The class (N,) that f gives to each image; -1, no class, where its largest logit is infinite or not a number.
-    y is only checked: ValueError unless it holds N labels that f knows."""
-    logits = batched_logits(f, x)
-    check_labels("y", y, *logits.shape)
-    largest, label = logits.max(1)
-    return torch.where(largest.isfinite(), label, -1)
-
-
-def share(which):
-    """The share of True among which (N,), a float; nan of none. A count: not every device has float64 for a mean."""
-    return which.sum().item() / len(which) if len(which) else math.nan
-
-
-def error_rate(f, x, y):
-    """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
-    return share(classify(f, x, y) != y)
-
-
-def fooled(f, x_adv, y):
-    """True (N,) where f classifies x_adv, with a finite logit, as another class than y."""
-    label = classify(f, x_adv, y)
-    return (label != y) & (label >= 0)
-
-
-def check_images(x):
-    """ValueError unless x holds floating-point images (N,...) in [0,1]."""
-    expect_images(x)
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(f"x: values from {x.min().item():.7g} to {x.max().item():.7g}, expected images in [0,1]")
-
-
-def check_labels(name, y, n, num_classes):
-    """ValueError unless y holds n integers in [0, num_classes)."""
-    ok = isinstance(y, torch.Tensor) and y.shape == (n,) and not y.is_floating_point() and y.dtype != torch.bool
-    expect(ok, name, y, f"integers of shape ({n},)")
-    if n and not 0 <= y.min() <= y.max() < num_classes:
-        raise ValueError(f"{name}: values from {y.min()} to {y.max()}, expected classes 0 to {num_classes - 1}")
-
-
-# --- What holds for every attack ----------------------------------------------------------------------------------
-#
-# f is any callable, images -> logits (N,K), that treats each image by itself; x (N,...) floating-point images in [0,1];
-# y or target integers (N,). ValueError for anything else, and where the logits at x or their gradient are not finite.
-# Nothing is changed: x, f's mode, weights and their gradients; no_grad and inference mode do not matter. The attack
-# computes in float32 at least, f gets images in x's type, and x_adv (N,...) in [0,1] is of x's type, detached.
-
-def accept(f, x, name, y):
-    """Checks what an attack was given. Returns g, which is f for images of any precision, and f's logits at x."""
-    def g(images):
-        return checked(f, images.to(x.dtype, copy=True)).to(images.dtype)
-    check_images(x)
-    if len(x) == 0:  # as in batched_logits
-        return g, wide(x).new_zeros(0, 2)
-    with torch.enable_grad():
-        start = leaf(wide(x))
-        logits = g(start)
-        check_labels(name, y, *logits.shape)
-        if not logits.isfinite().all():
-            raise ValueError("f: its logits at x are not finite")
-        grad = None
-        if logits.requires_grad:
-            grad, = torch.autograd.grad(logits.sum(), start, allow_unused=True)
-    if grad is None:
-        raise ValueError("f: its logits have no gradient, expected f without no_grad and detach")
-    if not grad.isfinite().all():
-        raise ValueError("f: the gradient of its logits at x is not finite")
-    return g, logits.detach()
-
-
-def untargeted(method):
-    """Decorates an attack method(f, x, y, ...). It gets the images that f classifies as y. The others come back as they
-    are, and so do those on which it fails, judged by f on x_adv as it is returned."""
-    @functools.wraps(method)
-    def attack(f, x, y, *args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            g, logits = accept(f, x, "y", y)
-            x_adv, right = wide(x).clone(), logits.argmax(1) == y
-            if right.any():
-                x_adv[right] = method(g, x_adv[right], y[right].long(), *args, **kwargs)
-            x_adv = x_adv.clamp(0, 1).to(x.dtype)
-            return torch.where(per_image(fooled(f, x_adv, y), x), x_adv, x)
-    return attack
-
-
-def own_and_others(logits, y):
-    """f_y (N,), and all logits (N,K) with -inf in its place, for a maximum over the other classes."""
-    return pick(logits, y), logits.scatter(1, y[:, None], -torch.inf)
-
-
-# --- The attacks --------------------------------------------------------------------------------------------------
-
-@untargeted
 def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
-    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016), to the closest boundary, the class chosen anew at
+    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016): to the closest boundary, whose class k is chosen anew at
     each step, at most `steps` times:
 
     r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
 
-    until x_adv = clamp(x + (1 + overshoot) r) is not classified as y; r is taken back from the clamped image. The
-    1e-4 makes the step cross the boundary on which it would end. max_step=0.1 is the paper's, None takes full steps.
+    until x_adv = clamp(x + (1 + overshoot) r) is not classified as y. r is recomputed from the clamped image. Without
+    the 1e-4 a step would end exactly on the boundary. max_step=0.1 is the paper's; math.inf gives the original.
     """
-    x_adv, r, live = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
+    x_adv, active = x.clone(), torch.arange(len(x), device=x.device)  # active: the images that do not fool f yet
     for _ in range(steps):
-        gap, norm, w = boundaries(f, (x + r)[live], y[live])
-        length = boundary_distance(gap, norm, y[live]).amin(1).clamp(max=max_step or math.inf)
-        r_i = per_image(length + 1e-4, w) * unit(w)
-        x_i = (x[live] + (1 + overshoot) * (r[live] + r_i)).clamp(0, 1)
-        x_adv[live] = x_i
-        r[live] = (x_i - x[live]) / (1 + overshoot)
-        live = live[f(x_i).argmax(1) == y[live]]
-        if len(live) == 0:
+        active = active[f(x_adv[active]).argmax(1) == y[active]]
+        if len(active) == 0:
             break
+        x_i = x[active] + (x_adv[active] - x[active]) / (1 + overshoot)
+        distance, k = boundaries(f, x_i, y[active])[1].min(1)
+        _, w = gradient_towards(f, x_i, y[active], k)
+        r = x_i - x[active] + broadcast(distance.clamp(max=max_step) + 1e-4, x) * unit(w)
+        x_adv[active] = (x[active] + (1 + overshoot) * r).clamp(0, 1)
     return x_adv
 
 
-@untargeted
+@torch.no_grad()
 def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
 
     |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
 
-    from w = atanh(0.999999 (2x - 1)): without the factor a pixel of 0 or 1 has no gradient. c begins at 1e-3; after
-    each of the search steps it is bisected, or multiplied by 10 as long as no c has fooled f. x_adv is the closest
-    image that fooled f. Every search step runs to its end, without the original's early abort.
+    from w = atanh(0.999999 (2x - 1)); without the factor a pixel of 0 or 1 would have no gradient. c begins at 1e-3.
+    After each search step c is bisected, or multiplied by 10 as long as no c has fooled f. x_adv is the closest image
+    that fooled f in any step. Every search step runs to its end, without the early abort of the authors' code.
     """
-    x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: |x_adv - x|^2
+    x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|^2
     low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, torch.inf))
     for _ in range(search_steps):
         w = (0.999999 * (2 * x - 1)).atanh().requires_grad_()
@@ -214,14 +88,16 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
         for _ in range(steps):
             with torch.enable_grad():
                 x_i = (w.tanh() + 1) / 2
-                f_y, others = own_and_others(f(x_i), y)
-                gap = f_y - others.amax(1)
+                logits = f(x_i)
+                f_y, f_rival = pick(logits, y), logits.scatter(1, y[:, None], -torch.inf).amax(1)
                 square = (x_i - x).flatten(1).square().sum(1)
-                w.grad, = torch.autograd.grad((square + c * gap.clamp(min=0)).sum(), w)
-            closer = (gap < 0) & (square < shortest)
-            x_adv = torch.where(per_image(closer, x), x_i, x_adv)
+                loss = square + c * (f_y - f_rival).clamp(min=0)
+                w.grad, = torch.autograd.grad(loss.sum(), w)
+            fooled = f_rival > f_y
+            closer = fooled & (square < shortest)
+            x_adv = torch.where(broadcast(closer, x), x_i, x_adv)
             shortest = torch.where(closer, square, shortest)
-            found |= gap < 0
+            found |= fooled
             adam.step()
         low = torch.where(found, low, c)
         high = torch.where(found, c, high)
@@ -229,66 +105,69 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     return x_adv
 
 
-@untargeted
-def ddn(f, x, y, steps=1000):
-    """The l2 attack by decoupled direction and norm (Rony et al. 2019). From r = 0 and length 1, in each step:
+@torch.no_grad()
+def ddn(f, x, y, steps=100, classes=9):
+    """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of the closest classes k in turn.
+    r begins at 0, and length at the distance to the linearised boundary of k. In each step, with x_i = x + r:
 
-    r += alpha g / |g|,   g = grad NLL(f(x + r), y),   alpha from 1 to 0.01 along a cosine
-    length *= 0.95 if f(x + r) was not y, else 1.05;   r is set to this length, then x + r clamped to [0,1].
+    length *= 1 - gamma if x_i fools f, else 1 + gamma,     gamma from 0.2 to 0.01 along a cosine
+    r += alpha length g / |g|,   g = grad (f_k - f_y) at x_i,   alpha from 0.5 to 0.01 along the same cosine
+    r *= length / |r|, and x + r is clamped to [0,1]
 
-    x_adv is the closest image that fooled f.
+    x_adv is the closest x_i that fooled f. The original takes 1,000 steps of fixed sizes down the likelihood of y. It
+    often ends at a class that is not the closest, and it depends on the scale of the logits.
     """
-    x_adv, r = x.clone(), torch.zeros_like(x)
-    length, shortest = x.new_ones(len(x)), x.new_full((len(x),), torch.inf)
-    for step in range(steps):
-        with torch.enable_grad():
-            x_i = (x + r).requires_grad_()
-            f_y, others = own_and_others(f(x_i), y)
-            # grad NLL is (1 - p_y) times this gradient: the same direction, also where float32 rounds p_y to 1.
-            grad, = torch.autograd.grad((others.logsumexp(1) - f_y).sum(), x_i)
-        success, norm = others.amax(1) > f_y, l2(r)
-        closer = success & (norm < shortest)
-        x_adv = torch.where(per_image(closer, x), x_i, x_adv)
-        shortest = torch.where(closer, norm, shortest)
-        alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-        length = torch.where(success, 0.95 * length, 1.05 * length).clamp(max=x[0].numel() ** 0.5)
-        r = (x + per_image(length, x) * unit(r + alpha * unit(grad))).clamp(0, 1) - x
+    x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|
+    distance = boundaries(f, x, y)[1]
+    for k in distance.argsort(1)[:, :-1][:, :classes].unbind(1):  # the last is y, whose distance is infinite
+        x_i = x
+        length = pick(distance, k).clamp(max=x[0].numel() ** 0.5)  # no longer than the diagonal of [0,1]^n
+        for step in range(steps):
+            logits, g = gradient_towards(f, x_i, y, k)
+            r = x_i - x
+            fooled = logits.argmax(1) != y
+            closer = fooled & (l2(r) < shortest)
+            x_adv = torch.where(broadcast(closer, x), x_i, x_adv)
+            shortest = torch.where(closer, l2(r), shortest)
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
+            gamma, alpha = 0.01 + 0.19 * cosine, 0.01 + 0.49 * cosine
+            length = torch.where(fooled, (1 - gamma) * length, (1 + gamma) * length)
+            r = r + broadcast(alpha * length, x) * unit(g)
+            x_i = (x + broadcast(length, x) * unit(r)).clamp(0, 1)
     return x_adv
 
 
+@torch.no_grad()
 def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
     """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
-    classifies x_adv as the target with a probability of at least confidence, or `steps` are taken.
+    classifies x_adv as the target with a probability of at least confidence, or until `steps` steps are taken.
 
     x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
 
-    confidence in (0,1], a float or (N,); max_step None takes full steps. An attack that fails keeps its last iterate.
+    confidence: a float in (0,1] (ValueError if not) or (N,). A failed attack keeps its last iterate.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        g, _ = accept(f, x, "target", target)
-        x_adv, target, C = wide(x).clone(), target.long(), as_confidence(confidence, wide(x))
-        if not ((C > 0) & (C <= 1)).all():
-            raise ValueError(f"confidence: values from {C.min():.7g} to {C.max():.7g}, expected probabilities in (0,1]")
-        live = torch.arange(len(x), device=x.device)
-        for _ in range(steps):
-            if len(live) == 0:
-                break
-            r_i, p, logits = attack_step(g, x_adv[live], target[live], C[live])
-            going = (p < C[live]) | (logits.argmax(1) != target[live])
-            live, r_i = live[going], r_i[going]
-            r_i = per_image(l2(r_i).clamp(max=max_step or math.inf), r_i) * unit(r_i)
-            r_i = r_i.nan_to_num()  # an image that has lost its gradient stays where it is
-            x_adv[live] = (x_adv[live] + (1 + overshoot) * r_i).clamp(0, 1)
-        return x_adv.to(x.dtype)
+    x_adv, active = x.clone(), torch.arange(len(x), device=x.device)  # active: the images that are not finished yet
+    for _ in range(steps):
+        C = confidence[active] if isinstance(confidence, torch.Tensor) else confidence
+        r_i, p, logits = attack_step(f, x_adv[active], target[active], C)
+        unfinished = (p < C) | (logits.argmax(1) != target[active])
+        active, r_i = active[unfinished], r_i[unfinished]
+        if len(active) == 0:
+            break
+        r_i = broadcast(l2(r_i).clamp(max=max_step), x) * unit(r_i)
+        x_adv[active] = (x_adv[active] + (1 + overshoot) * r_i).clamp(0, 1)
+    return x_adv
 
 
-@untargeted
+@torch.no_grad()
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
-    and to the confidence that f has at x. x_adv also where it is the target but short of the confidence."""
+    and to the confidence that f has at x. If x_adv is not of this class, x is returned instead: the attack failed. If
+    it is, x_adv is returned, also if its confidence is too small."""
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
-    return torch.where(per_image(f(x_adv).argmax(1) == target, x), x_adv, x)
+    is_target = f(x_adv).argmax(1) == target
+    return torch.where(broadcast(is_target, x), x_adv, x)
 
 
 ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "paper": paper_attack, "ddn": ddn}
@@ -296,35 +175,68 @@ ATTACKS = {"deepfool": deepfool, "cw": carlini_wagner, "paper": paper_attack, "d
 
 # --- Measuring a classifier ---------------------------------------------------------------------------------------
 
-def measure(f, x, y, method, title=None):
-    """Attacks the images x with method(f, x, y); with a title it shows its progress on a terminal. A dict:
+@torch.no_grad()
+def batched_logits(f, x):
+    """f(x) (N,K), computed in parts that fit into memory."""
+    return torch.cat([f(part) for part in x.split(500)])
 
-    x_adv    (N,...) what method returned; all that follows is found from it alone
-    length   (N,) |x_adv - x|_2; 0 where f is wrong by itself, infinite where x_adv does not fool f or leaves [0,1]
-    rho      Eq. 8, without the images that were not fooled; failed: their number; seconds: wall-clock time
+
+def error_rate(f, x, y):
+    """The share of the images x (N,...) that f does not classify as y (N,), a float in [0,1]."""
+    return (batched_logits(f, x).argmax(1) != y).sum().item() / len(y)
+
+
+def check(f, x, y):
+    """f's logits (N,K) at x. ValueError unless x holds images (N,...) in [0,1], y their labels (N,) int64, and f gives
+    finite logits, K > 1, the same ones to an image alone and among others."""
+    if not (x.is_floating_point() and x.dim() > 1 and ((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"x: {x.dtype} {tuple(x.shape)} from {x.min():.7g} to {x.max():.7g}, expected images in [0,1]")
+    logits = batched_logits(f, x)
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(f"f: logits of shape {tuple(logits.shape)}, expected ({len(x)}, K) with K > 1")
+    if not logits.isfinite().all():
+        raise ValueError("f: its logits at x are not finite")
+    if (batched_logits(f, x[:1]) - logits[:1]).abs().max() > 0.01 * logits.abs().max():
+        raise ValueError("f: an image alone gets other logits than among others, or f is random: put f into eval mode")
+    if y.shape != (len(x),) or y.dtype != torch.int64 or not 0 <= y.min() <= y.max() < logits.shape[1]:
+        raise ValueError(f"y: {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}, expected f's int64 classes (N,)")
+    return logits
+
+
+def measure(f, x, y, attack, title=None):
+    """How far attack(f, x, y) must move the images x (N,...) in [0,1] until f does not classify them as y (N,): a dict.
+
+    x_adv    (N,...) what the attack returned for the images that f gets right, and x for the others
+    length   (N,) |x_adv - x|_2; 0 if f gets x wrong already, infinite if x_adv does not fool f or leaves [0,1]
+    rho      Eq. 8, over the finite lengths; failed: how many are infinite; seconds: how long it took
+
+    With a title a terminal shows the progress. ValueError if x, y, f or the shape of x_adv is not what it should be.
     """
-    check_images(x)
-    right = classify(f, x, y) == y
-    size = 2000 if x.is_cuda else 50
-    start, parts = time.perf_counter(), [x[:0]]
-    for i in range(0, len(x), size):
-        if title and sys.stderr.isatty():
-            left = (time.perf_counter() - start) * (len(x) / i - 1) if i else math.nan
-            print(f"\r{title}: {i} of {len(x)} images, {left:.0f} s left\033[K", end="", file=sys.stderr, flush=True)
-        some = slice(i, i + size)
-        part = method(f, x[some].clone(), y[some].clone())  # clones, for one that works in place
-        ok = isinstance(part, torch.Tensor) and (part.shape, part.dtype) == (x[some].shape, x.dtype)
-        expect(ok, "method", part, f"images like x, {x.dtype} of shape {tuple(x[some].shape)}")
-        parts.append(part)
-    if title and sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    x_adv = torch.cat(parts).detach()
-    in_box = (x_adv == x_adv.clamp(0, 1)).flatten(1).all(1)
-    done = fooled(f, x_adv, y) & in_box
-    length = torch.where(done, l2(wide(x_adv) - wide(x.detach())), torch.inf)
+    began = time.perf_counter()
+    right = check(f, x, y).argmax(1) == y
+    x_adv, done = x.clone(), 0
+    for some in right.nonzero().squeeze(1).split(2000 if x.is_cuda else 50):
+        if title:
+            progress(f"{title}: image", done, right.sum().item(), began)
+        found = attack(f, x[some], y[some])
+        if found.shape != x[some].shape:
+            raise ValueError(f"attack: it returned {tuple(found.shape)} for images {tuple(x[some].shape)}")
+        x_adv[some] = found.detach().to(x.dtype)
+        done += len(some)
+    progress()
+    logits = batched_logits(f, x_adv)
+    inside = ((x_adv - x_adv.clamp(0, 1)).abs() <= 1e-6).flatten(1).all(1)  # a rounding error is allowed
+    fooled = (logits.argmax(1) != y) & logits.isfinite().all(1) & inside
+    length = torch.where(fooled, l2(x_adv - x), torch.inf)
     length = torch.where(right, length, 0)
     return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=length.isinf().sum().item(),
-                seconds=time.perf_counter() - start)
+                seconds=time.perf_counter() - began)
+
+
+def mean_rho(x, length):
+    """Eq. 8 from the lengths (N,) of the perturbations: without infinite ones, and without black images."""
+    ratio = length / l2(x)
+    return ratio[ratio.isfinite()].mean().item()
 
 
 def vote(x, x_train, y_train, k=5):
@@ -332,54 +244,37 @@ def vote(x, x_train, y_train, k=5):
     weight = 1 + 0.1 * 0.5 ** torch.arange(k, device=x.device, dtype=torch.float32)  # 1.1, 1.05, ...: for the ties
     nearest = torch.cat([torch.cdist(part.flatten(1), x_train.flatten(1)).topk(k, largest=False).indices
                          for part in x.split(250)])
-    return (F.one_hot(y_train[nearest], int(y_train.max()) + 1) * weight[:, None]).sum(1).argmax(1)
-
-
-LENGTHS = (1.0, 1.25, 1.5)  # in l2, at which the accuracy is reported
+    return (F.one_hot(y_train[nearest], 10) * weight[:, None]).sum(1).argmax(1)
 
 
 def evaluate(f, x, y, attacks, x_train, y_train, title):
-    """What the tables say of f on the images x, y under the named attacks, by their headings. "length" (N,) is that of
-    each image's smallest perturbation by all attacks but the paper's, infinite where all failed, "worst" its rho."""
+    """What the tables say of f on the images x, y: a dict with rho by each of the named attacks. "length" (N,) is that
+    of the smallest perturbation by all of them but the paper's, infinite if they failed. "rho" is Eq. 8 for it."""
     runs = {name: measure(f, x, y, ATTACKS[name], f"{title} {name}") for name in attacks}
     row = {name: run["rho"] for name, run in runs.items()}
     row["failed"] = {name: run["failed"] for name, run in runs.items()}
-    row["seconds"] = {name: run["seconds"] for name, run in runs.items()}
+    row["seconds"] = {name: round(run["seconds"]) for name, run in runs.items()}
     lengths = [run["length"] for name, run in runs.items() if name != "paper"]
     if lengths:
         row["length"] = torch.stack(lengths).amin(0)
-        row["worst"] = mean_rho(x, row["length"])
-        for length in LENGTHS:
-            row[f"at {length} %"] = 100 * share(row["length"] > length)
-    if "paper" in runs:
-        row.update(compare_with_neighbours(f, x, y, runs["paper"], x_train, y_train))
+        row["rho"] = mean_rho(x, row["length"])
+        row["at 1.5 %"] = 100 * (row["length"] > 1.5).float().mean().item()
+    if "paper" in runs:  # Table 2, on the images that f gets right and that the paper's attack moved to its target
+        length, x_adv = runs["paper"]["length"], runs["paper"]["x_adv"]
+        success = (length > 0) & length.isfinite()
+        voted = vote(x_adv[success], x_train, y_train)
+        y_adv = batched_logits(f, x_adv[success]).argmax(1)
+        row["looks like target %"] = 100 * (voted == y_adv).float().mean().item()
+        row["looks like original %"] = 100 * (voted == y[success]).float().mean().item()
     return row
-
-
-def compare_with_neighbours(f, x, y, run, x_train, y_train):
-    """Table 2 by a vote of the nearest training images, on the images that f gets right and the paper's attack moved
-    to its target; and two controls of this vote: the clean images, and random noise of the same length."""
-    moved = (classify(f, x, y) == y) & run["length"].isfinite()
-    x, x_adv, y = x[moved], run["x_adv"][moved], y[moved]
-    before, after = (batched_logits(f, images).softmax(1).max(1) for images in (x, x_adv))
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
-    noise = unit(noise) * per_image(l2(x_adv - x), x)
-    voted, clean, noisy = (vote(images, x_train, y_train) for images in (x_adv, x, x + noise))
-    return {"looks like target %": 100 * share(voted == after.indices),
-            "looks like original %": 100 * share(voted == y),
-            "clean error %": 100 * share(clean != y),
-            "noise: original %": 100 * share(noisy == y),
-            "reached %": 100 * share(after.values >= before.values - 1e-6)}
 
 
 # --- Networks and checkpoints -------------------------------------------------------------------------------------
 
 class ConvPool(nn.Module):
-    """A Conv2d(1, 32, 5) and then MaxPool2d(2), for a CPU: (N,1,28,28) -> (N,32,12,12); a training step of LeNet takes
-    22% less time. A 6x6 patch of x, taken at every other pixel, holds the four 5x5 patches of a pooling window. So one
-    matrix product, with four copies of each kernel shifted within 6x6, gives the window's four values; the largest
-    stays, and of equals the first, as in MaxPool2d."""
+    """Conv2d(1, 32, 5) and MaxPool2d(2) on a CPU, for which a training step of LeNet takes a sixth less time:
+    (N,1,28,28) -> (N,32,12,12). The four places of a pooling window lie in one 6x6 patch of x. The kernels, shifted to
+    these places, give the window's values in one matrix product. The first of the largest stays, as in MaxPool2d."""
 
     def __init__(self, conv):
         super().__init__()
@@ -393,56 +288,43 @@ class ConvPool(nn.Module):
 
 
 def network(arch, device="cpu"):
-    """A fresh classifier on the device; on a CPU LeNet begins with ConvPool, the same function of the same weights."""
-    with torch.device("cpu"):  # and float32, whatever torch's defaults are
-        f = NETWORKS[arch]().to(torch.float32)
+    """A new classifier on the device. On a CPU LeNet begins with ConvPool, the same function of the same weights."""
+    f = NETWORKS[arch]()
     if arch == "lenet" and torch.device(device).type == "cpu":
         f[0], f[1] = ConvPool(f[0]), nn.Identity()
     return f.to(device)
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint of train.py, on the CPU, with its settings and finite weights of f at least. Runs no
-    code from the file. OSError where it cannot be read, ValueError where it is no such checkpoint."""
+    """The dict in a checkpoint of train.py. OSError if the file cannot be read, ValueError if it is something else."""
+    content = Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = {name: checkpoint["settings"][name] for name in ("arch", "defense", "seed", "epochs", "data")}
-        network(settings["arch"]).load_state_dict(checkpoint["f"])
-        finite = all(part.isfinite().all() for part in checkpoint["f"].values())
-        if damaged or settings["data"] not in DATA or not finite:
-            raise ValueError("it is damaged, its data unknown or a weight not finite")
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        network(checkpoint["settings"]["arch"]).load_state_dict(checkpoint["f"])
         return checkpoint
-    except OSError:
-        raise
     except Exception as error:  # a broken file can raise anything, from the unpickler to load_state_dict
-        raise ValueError(f"{path} is not a checkpoint of train.py, or a broken one ({reason(error)})") from None
-
-
-def reason(error):
-    """The kind of an exception, and the beginning of what it says."""
-    return f"{type(error).__name__}: {str(error).strip()[:120]}".split("\n")[0]
+        raise ValueError(f"{path} is no checkpoint of train.py, or a broken one ({type(error).__name__})") from None
 
 
 def load_checkpoint(path, device="cpu"):
-    """The classifier of a checkpoint of train.py, full or weights-only, and its settings: f (in eval mode), dict, its
-    "epochs" such as "3 of 100" where the run did not come to its end. Errors as read_checkpoint has them."""
+    """The classifier in a checkpoint of train.py, in eval mode on the device, and its settings. The "epochs" of a run
+    that is not finished are a text such as "3 of 100". On a CPU LeNet's first two layers print as one, ConvPool. OSError
+    if the file cannot be read, ValueError if it is no such checkpoint. No code in the file is run."""
     checkpoint = read_checkpoint(path)
-    f = network(checkpoint["settings"]["arch"], device)
+    settings = checkpoint["settings"]
+    f = network(settings["arch"], device)
     f.load_state_dict(checkpoint["f"])
-    info = checkpoint["settings"]
-    if "log" in checkpoint:
-        done = max((row["epoch"] for row in checkpoint["log"]), default=0)
-        if done < info["epochs"]:
-            info["epochs"] = f"{done} of {info['epochs']}"
-    return f.eval(), info
+    if "log" in checkpoint:  # not if the file holds weights alone
+        done = max([row["epoch"] for row in checkpoint["log"]], default=0)
+        if done < settings["epochs"]:
+            settings["epochs"] = f"{done} of {settings['epochs']}"
+    return f.eval(), settings
 
 
 # --- Tables 1 and 2 -----------------------------------------------------------------------------------------------
 
-PUBLISHED_COLUMNS = ("test error %", "deepfool", "cw", "paper", "looks like target %", "looks like original %")
-PUBLISHED = {  # the paper's values, in this order
+PAPER_COLUMNS = ("test error %", "deepfool", "cw", "paper", "looks like target %", "looks like original %")
+PAPER = {  # the paper's values, in this order
     "mlp reference": (1.46, .131, .124, .173, 0.57, 98.74), "lenet reference": (0.64, .157, .148, .207, 2.54, 96.53),
     "mlp at": (0.90, .228, .210, .299, 19.02, 77.21), "lenet at": (0.55, .215, .191, .286, 19.1, 75.94),
     "mlp vat": (0.84, .244, .215, .355, 35.08, 59.68), "lenet vat": (0.60, .225, .195, .330, 26.8, 67.73),
@@ -450,86 +332,47 @@ PUBLISHED = {  # the paper's values, in this order
     "mlp critic": (1.18, .290, .272, .575, 87.99, 9.86), "lenet critic": (0.93, .288, .278, .590, 92.29, 6.51)}
 
 
-def grouped(rows):
-    """Rows that differ in the seed alone together. ValueError where two are the same."""
-    groups = {}
-    for row in rows:
-        group = groups.setdefault(json.dumps({**row["settings"], "seed": None}, sort_keys=True), [])
-        if any(row["settings"] == other["settings"] for other in group):
-            raise ValueError(f"{row['checkpoint']} is given twice, or another file has the same settings and seed")
-        group.append(row)
-    return list(groups.values())
-
-
-def cell(group, name):
-    """The mean of one figure over the rows of a group, ± its standard deviation, and the published value."""
-    values = [row[name] for row in group]
-    digits = {"test error %": 2, "clean error %": 2}.get(name, 1 if "%" in name else 3)
-    text = f"{statistics.fmean(values):.{digits}f}"
-    if len(group) > 1 and all(map(math.isfinite, values)):
-        text += f"±{statistics.stdev(values):.{digits}f}"
-    if name in group[0]["published"]:
-        text += f" ({group[0]['published'][name]:.{digits}f})"
+def cell(rows, name):
+    """The mean of one figure over rows that differ in the seed, ± its standard deviation, and the paper's value."""
+    values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+    digits = 2 if name == "test error %" else 1 if "%" in name else 3
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f"±{values.std():.{digits}f}"
+    settings = rows[0]["settings"]
+    paper = dict(zip(PAPER_COLUMNS, PAPER.get(f"{settings['arch']} {settings['defense']}", ())))
+    if name in paper and settings["data"] == rows[0]["data"] == "mnist":
+        text += f" ({paper[name]:.{digits}f})"
     return text
 
 
-def table(groups, names):
-    """Lines of text, one for each group of rows that differ in the seed: its name, and the figures of these names."""
-    rows = [["", "seeds", *names]]
-    rows += [[group[0]["name"], str(len(group)), *(cell(group, name) for name in names)] for group in groups]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for name, *others in rows]
+def table(rows, columns):
+    """Lines of text: these columns of rows, with the rows that differ only in the seed on one line."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(str({**row["settings"], "seed": None}), []).append(row)
+    lines = [["", "seeds", *columns]]
+    for group in groups.values():
+        path, settings = Path(group[0]["checkpoint"]), group[0]["settings"]
+        name = f"{path.with_suffix('')}".removesuffix(f"-{settings['seed']}") + f", {settings['epochs']} epochs"
+        lines.append([name, str(len(group)), *(cell(group, column) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in lines]
 
 
-def report(groups, attacks, caption):
-    """Lines of text: Table 1 and Table 2, as far as the attacks allow."""
-    smallest = ", ".join(name for name in attacks if name != "paper")
-    columns = ["worst", *(f"at {length} %" for length in LENGTHS)] if smallest else []
-    lines = [f"Table 1: test error, and rho on {caption} (published)",
-             *table(groups, ["test error %", *columns, *attacks]),
-             "rho: mean |x_adv - x| / |x|, 0 where f is wrong by itself, without the images that were not fooled"]
-    if smallest:
-        lines.append(f"worst: the smallest perturbation of each image by {smallest}; at 1.5: the accuracy left under "
-                     "those of up to length 1.5")
-    for group in groups:
-        for row in group:
-            lines += [f"{row['checkpoint']}: {count} images were not fooled by {name}: it failed, this is no robustness"
-                      for name, count in row["failed"].items() if count]
+def report(rows, attacks):
+    """Lines of text: Tables 1 and 2, as far as the attacks allow."""
+    images, columns = rows[0]["images"], ["rho", "at 1.5 %"] if "rho" in rows[0] else []
+    paper = ", in brackets the paper's values" if rows[0]["data"] == "mnist" else ""
+    lines = [f"Table 1: test error, and rho on {images}{paper}", *table(rows, ["test error %", *columns, *attacks]),
+             "rho: the mean of |x_adv - x| / |x|, x_adv the closest image by any attack but the paper's",
+             "at 1.5: the images that no change of length 1.5 or less was found to fool"]
+    lines += [f"{row['checkpoint']}: {name} failed on {count} images, which are left out. That is no robustness."
+              for row in rows for name, count in row["failed"].items() if count]
     if "paper" in attacks:
-        columns = ["looks like target %", "looks like original %", "clean error %", "noise: original %", "reached %"]
-        lines += ["", f"Table 2: {caption} under the paper's attack; the 5 nearest training images vote for people",
-                  *table(groups, columns), "clean error: of this vote on clean images; noise: on random noise of the "
-                  "attack's length; reached: within 1e-6 of the clean confidence"]
+        lines += ["", f"Table 2: {images} under the paper's attack, by a vote of the 5 nearest training images",
+                  *table(rows, ["looks like target %", "looks like original %"])]
     return lines
-
-
-def save_json(path, rows, protocol):
-    """Writes every figure, a line for each row, and how it was measured; null for what is infinite or not a number."""
-    text = json.dumps(rows, default=torch.Tensor.tolist)
-    rows = json.loads(text, parse_constant=lambda name: None)  # JSON has no Infinity and NaN
-    results = ",\n".join(map(json.dumps, rows))
-    data.replace(path, f'{{"protocol": {json.dumps(protocol)},\n"results": [\n{results}\n]}}\n'.encode())
-
-
-def read_json(paths):
-    """The rows of files that save_json wrote, and their protocol. ValueError where it is not the same in all."""
-    rows, protocols = [], []
-    for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            protocols.append(content["protocol"])
-            for row in content["results"]:
-                row = {name: math.nan if value is None else value for name, value in row.items()}
-                if "length" in row:
-                    length = [math.inf if value is None else value for value in row["length"]]
-                    row["length"] = torch.tensor(length, dtype=torch.float32, device="cpu")
-                report([[row]], protocols[-1]["attacks"], protocols[-1]["caption"])  # whether all of it is there
-                rows.append(row)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no whole file of --json ({reason(error)})") from None
-        if protocols[-1] != protocols[0]:
-            raise ValueError(f"{path}: its images or attacks are not those of {paths[0]}")
-    return rows, protocols[0]
 
 
 # --- Figures 2 and 4, and accuracy against perturbation -----------------------------------------------------------
@@ -542,72 +385,39 @@ def tile(images, columns):
 
 def save_png(path, page):
     """Writes a page (H,W) of floats, clamped to [0,1], as 8-bit greyscale PNG."""
-    ok = isinstance(page, torch.Tensor) and page.dim() == 2 and page.is_floating_point()
-    expect(ok, "page", page, "floats (H,W) in [0,1]")
-
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     lines = F.pad((255 * page.clamp(0, 1)).round().byte(), (1, 0))  # each line begins with its filter, 0: none
     header = struct.pack(">IIBBBBB", page.shape[1], page.shape[0], 8, 0, 0, 0, 0)
-    data.replace(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                 + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                           + chunk(b"IDAT", zlib.compress(bytes(lines.flatten().tolist()), 9)) + chunk(b"IEND", b""))
 
 
 def figure_2(f, x, y, x_train, y_train):
-    """A page of ten rows, the original classes, and ten columns, the targets: off the diagonal the attack to C = 0.95,
-    dimmed where it did not reach C, on it the clean image in a white frame. And how many of the 90 attacks reached C,
-    and how many of the 90 look like their target to the nearest training images."""
+    """A page with a row for each class and a column for each target: the attack to C = 0.95, dimmed if it did not reach
+    C, and on the diagonal the clean image in a white frame. Also how many of the 90 attacks reached C, and how many of
+    the 90 look like their target to the nearest training images. ValueError if x lacks a class."""
     digits = torch.arange(10, device=x.device)
-    original, target = digits.repeat_interleave(10), digits.repeat(10)
-    off = original != target
-    first = (y == digits[:, None]).int().argmax(1)  # the first image of each class
-    grid = x[first][original]
-    grid[off] = high_confidence_attack(f, grid[off], target[off], 0.95)
-    confidence = pick(batched_logits(f, grid).softmax(1), target)
-    short = off & (confidence < 0.95 - 1e-6)
-    alike = vote(grid, x_train, y_train) == target
-    grid[short] *= 0.35
-    framed = F.pad(grid, (2, 2, 2, 2))
-    framed[~off] = F.pad(grid[~off], (2, 2, 2, 2), value=1)
-    return tile(framed, 10), (off & ~short).sum().item(), (off & alike).sum().item()
+    target, of_class = digits.repeat(10), y == digits[:, None]
+    if not of_class.any(1).all():
+        raise ValueError("Figure 2 needs an image of each class")
+    first = of_class.int().argmax(1).repeat_interleave(10)  # of each class its first image, ten times
+    grid, off_diagonal = x[first], digits.repeat_interleave(10) != target
+    grid[off_diagonal] = high_confidence_attack(f, grid[off_diagonal], target[off_diagonal], 0.95)
+    reached = off_diagonal & (pick(batched_logits(f, grid).softmax(1), target) >= 0.95 - 1e-6)
+    alike = off_diagonal & (vote(grid, x_train, y_train) == target)
+    grid[off_diagonal & ~reached] *= 0.35
+    pages = F.pad(grid, (2, 2, 2, 2)), F.pad(grid, (2, 2, 2, 2), value=1)  # without and with the frame
+    framed = torch.where(broadcast(off_diagonal, grid), *pages)
+    return tile(framed, 10), reached.sum().item(), alike.sum().item()
 
 
-def figure_4(f, x, y):
-    """Rows a, b and c: what each shows, eight images, f's mean confidence in them in percent, how many fool f."""
-    x, y = x[:8], y[:8]
-    rows = {"clean": x, "at the boundary by DDN (the paper: Carlini-Wagner)": ddn(f, x, y),
-            "the paper's attack": paper_attack(f, x, y)}
-    return [(shows, row, 100 * batched_logits(f, row).softmax(1).amax(1).mean().item(), fooled(f, row, y).sum().item())
-            for shows, row in rows.items()]
-
-
-def draw(folder, rows, networks, x, y, x_train, y_train):
-    """Draws Figures 2 and 4 of each network into the folder, prints what they show, keeps Figure 2's counts in rows."""
-    right = torch.stack([classify(f, x, y) == y for f in networks]).all(0)
-    some = right.int().argsort(descending=True, stable=True)  # first the images that all of them get right
-    x, y = x[some], y[some]
-    for row, f in zip(rows, networks):
-        name = Path(row["checkpoint"]).stem
-        path = folder / f"figure2-{name}.png"
-        page, reached, alike = figure_2(f, x, y, x_train, y_train)
-        save_png(path, page)
-        row["figure 2"] = {"reach 95%": reached, "look like target": alike}
-        print(f"{path}: {reached} of 90 attacks (the paper's; it drew Carlini-Wagner's) reach 95%, the others are "
-              f"dimmed; {alike} of 90 look like their target")
-        for letter, (shows, images, confidence, count) in zip("abc", figure_4(f, x, y)):
-            path = folder / f"figure4-{name}-{letter}.png"
-            save_png(path, tile(images, 8))
-            print(f"{path}: {shows}, mean confidence {confidence:.0f}%, {count} of {len(images)} fool the network")
-
-
-def save_svg(path, title, groups):
-    """Writes accuracy against the l2 length of the smallest perturbations, 0 to 2.5, as SVG: a curve for each group of
-    rows, labelled at its end, the critic's the thickest."""
+def save_svg(path, title, rows):
+    """Writes as SVG, with a curve for each row, accuracy against the l2 length of the perturbation, 0 to 2.5."""
     def text(x, y, words, anchor="middle", colour="black"):
-        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{html.escape(words)}</text>'
+        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
 
     def line(points, colour, width):
-        points = " ".join(f"{x:.0f},{y:.1f}" for x, y in points)
         return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440" font-family="sans-serif" font-size="20">',
              '<rect width="640" height="440" fill="white"/>', text(10, 26, title, "start"),
@@ -615,166 +425,136 @@ def save_svg(path, title, groups):
     parts += [text(70 + 80 * i, 400, f"{i / 2}") for i in range(6)]
     for percent in (0, 25, 50, 75, 100):
         y = 375 - 3.2 * percent
-        parts += [line([(70, y), (470, y)], "#ddd", 1), text(60, y + 7, f"{percent}%", "end")]
+        parts += [line(f"70,{y} 470,{y}", "#ddd", 1), text(60, y + 7, f"{percent}%", "end")]
     colours = dict(reference="black", at="#56b4e9", vat="#009e73", margin="#e69f00", pgd="#cc79a7", critic="#d55e00")
-    labels = []
-    defenses = [group[0]["settings"]["defense"] for group in groups]
-    for group, defense in zip(groups, defenses):
-        length = torch.cat([row["length"] for row in group])
-        points = [(70 + 8 * i, 375 - 320 * share(length > i / 20)) for i in range(51)]
-        colour = colours.get(defense, "grey")
-        parts.append(line(points, colour, 6 if defense == "critic" else 2.5))
-        labels.append((points[-1][1], defense if defenses.count(defense) == 1 else group[0]["name"], colour))
-    bottom = math.inf
-    for y, name, colour in sorted(labels, reverse=True):  # from below, at least 22 apart
-        bottom = min(y + 7, bottom - 22)
-        parts.append(text(478, bottom, name, "start", colour))
-    data.replace(path, "\n".join([*parts, "</svg>\n"]).encode("utf-8", errors="replace"))
+    label_y = math.inf
+    for row in sorted(rows, key=lambda row: (row["length"] > 2.5).sum()):  # begins with the curve that ends lowest
+        defense = row["settings"]["defense"]
+        height = [375 - 320 * (row["length"] > i / 20).float().mean().item() for i in range(51)]
+        points = " ".join(f"{70 + 8 * i},{y:.1f}" for i, y in enumerate(height))
+        parts.append(line(points, colours[defense], 6 if defense == "critic" else 2.5))
+        label_y = min(height[-1] + 7, label_y - 22)  # at least 22 above the label before
+        parts.append(text(478, label_y, defense, "start", colours[defense]))
+    Path(path).write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+
+
+def draw(folder, rows, networks, x, y, x_train, y_train):
+    """Draws Figure 2 of each network; its Figure 4, eight images clean, at the class boundary (DDN) and under the
+    paper's attack; and for each architecture the accuracy against the length of the perturbation."""
+    wrong = sum((batched_logits(f, x).argmax(1) != y).int() for f in networks)
+    x, y = x[wrong.argsort(stable=True)], y[wrong.argsort(stable=True)]  # first those that all the networks get right
+    for row, f in zip(rows, networks):
+        name = Path(row["checkpoint"]).stem
+        page, reached, alike = figure_2(f, x, y, x_train, y_train)
+        save_png(folder / f"figure2-{name}.png", page)
+        images = torch.cat([x[:8], ddn(f, x[:8], y[:8]), paper_attack(f, x[:8], y[:8])])
+        save_png(folder / f"figure4-{name}.png", tile(images, 8))
+        row["figure 2"] = {"reach 95%": reached, "look like target": alike}
+        print(f"figure2-{name}.png: {reached} of 90 attacks reach 95%, {alike} look like their target", flush=True)
+    for arch in NETWORKS:
+        curves = [row for row in rows if row["settings"]["arch"] == arch and "length" in row]
+        if curves:
+            save_svg(folder / f"accuracy-{arch}.svg", f"{arch}: accuracy under attack", curves)
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
 
-def number(kind, low, high=math.inf):
-    """An argparse type: kind (int or float), finite and between low and high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
-        return value
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
+def use_float32():
+    """float32 means float32 on a GPU too: no TF32 in convolutions and matrix products, whoever switched it on."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+def progress(text="", done=0, total=0, began=0.0):
+    """Shows how far the work is, as the one changing line of a terminal; without text clears this line."""
+    if sys.stderr and sys.stderr.isatty():
+        minutes = (time.perf_counter() - began) / 60 * (total - done) / max(done, 1)
+        text += (f" {done} of {total}" if total else "") + (f", {minutes:.1f} minutes left" if done else "")
+        print(f"\r{text[-79:]:<79}\r", end="", file=sys.stderr, flush=True)
 
 
 def add_data_flags(parser, default):
-    """--data, --data-dir and --device, as train.py has them too."""
-    parser.add_argument("--data", choices=DATA, default=default, help="MNIST, or drawn digits that need no download "
-                        f"(default {default or 'what the checkpoints were trained on'})")
+    """--data, --data-dir and --device, for train.py too."""
+    parser.add_argument("--data", choices=["mnist", "drawn"], default=default, help="drawn: digits that the computer "
+                        f"draws, without a download (default: {default or 'as the checkpoints were trained'})")
     parser.add_argument("--data-dir", metavar="DIR", help="where MNIST's files are (default: $MNIST_DIR, else data)")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[-1], help="default: CUDA where there is one")
 
 
 def parse_flags(argv):
-    """The command line as argparse has it, with the defaults that depend on the device."""
-    parser = argparse.ArgumentParser(description="Attacks trained classifiers and prints Tables 1 and 2.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files that train.py wrote, or patterns "
-                        "such as 'runs/*.pt'; or files of --json, for the tables of their rows")
-    parser.add_argument("--n", type=number(int, 1, 10000), help="attack the first N of a fixed permutation of the test "
-                        "images (default: all on CUDA, 500 on a CPU); the test error is always over all 10,000")
-    parser.add_argument("--attacks", metavar="NAME,...", help="deepfool: to the closest boundary, step by step; cw: "
-                        "Carlini and Wagner's l2 attack; paper: the paper's own, to the clean image's confidence; ddn: "
-                        "decoupled direction and norm (default: all, on a CPU without cw, which takes long)")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw Figures 2 and 4 of each network, and "
-                        "the accuracy by length of the perturbation, into this folder")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write every number, and how it was "
-                        "measured, to this file")
+    parser = argparse.ArgumentParser(description="Attacks networks, prints Tables 1 and 2.", allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files of train.py, also as 'runs/*.pt'")
+    parser.add_argument("--n", type=int, default=500, help="attack the first N of a fixed permutation of the test "
+                        "images (default 500); the test error is always over all 10,000")
+    parser.add_argument("--attacks", default="deepfool,paper,ddn", metavar="NAME,...",
+                        help="out of deepfool, cw (Carlini and Wagner; slow), paper, ddn (default: all but cw)")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw Figures 2 and 4 and accuracy curves into DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this new file")
     add_data_flags(parser, default=None)
     args = parser.parse_args(argv)
-    cuda = args.device == "cuda"
-    args.n = args.n or (10000 if cuda else 500)
-    default = ",".join(name for name in ATTACKS if cuda or name != "cw")
-    args.attacks = list(dict.fromkeys((args.attacks or default).split(",")))  # each of them once
-    unknown = {*args.attacks} - {*ATTACKS}
-    if unknown:
-        parser.error(f"--attacks: unknown {', '.join(sorted(unknown))}: choose from {','.join(ATTACKS)}")
-    if args.json and (args.json.suffix != ".json" or args.json.is_dir()):
-        parser.error(f"--json: {args.json}, expected a file whose name ends in .json")
-    # what is no file is a pattern, where the shell has not put the files in its place
-    expanded = [[text] if os.path.exists(text) else sorted(glob.glob(text)) or [text] for text in args.checkpoints]
-    args.checkpoints = [Path(name) for names in expanded for name in names]
+    args.attacks = list(dict.fromkeys(args.attacks.split(",")))
+    if not set(args.attacks) <= set(ATTACKS):
+        parser.error(f"--attacks: expected names out of {','.join(ATTACKS)}")
+    if not 1 <= args.n <= 10000:
+        parser.error("--n: expected 1 to 10000")
+    # On Windows the shell leaves patterns alone, so they are expanded here.
+    paths = [path for text in args.checkpoints for path in sorted(glob.glob(text, recursive=True)) or [text]]
+    args.checkpoints = list(dict.fromkeys(paths))
+    if args.figures and len({Path(path).stem for path in paths}) < len(args.checkpoints):
+        parser.error("--figures: two checkpoints have the same name, and so would their pictures")
     return args
 
 
-def set_up():
-    """For both scripts: torch's own defaults, float32 also in a GPU's convolutions, a screen that takes any letter."""
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-    torch.backends.cudnn.allow_tf32 = False
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+def save_json(path, rows):
+    """Writes rows as a list of JSON objects. JSON has no Infinity and no NaN: both become null."""
+    rows = json.loads(json.dumps(rows, default=torch.Tensor.tolist), parse_constant=lambda name: None)
+    data.replace(path, ("[" + ",\n".join(map(json.dumps, rows)) + "]\n").encode())
 
 
-def evaluate_all(args):
-    """Attacks all checkpoints, prints the tables, and writes what --json and --figures ask for. OSError, ValueError."""
-    networks, settings = zip(*[load_checkpoint(path, args.device) for path in args.checkpoints])
-    if args.figures and len({path.stem for path in args.checkpoints}) < len(networks):
-        raise ValueError("--figures: the pictures of two checkpoints of one name would overwrite each other")
-    trained_on = {info["data"] for info in settings}
-    if not args.data and len(trained_on) > 1:
-        raise ValueError(f"the checkpoints were trained on {' and '.join(sorted(trained_on))}: name one with --data")
-    source = args.data or trained_on.pop()
-    if source == "mnist":
-        sets = data.load_mnist(args.data_dir)
-    else:
-        sets = (*data.drawn_digits(20000, seed=0), *data.drawn_digits(10000, seed=1))
-    x_train, y_train, x, y = (part.to(args.device) for part in sets)
-    x_train, y_train = x_train[10000:], y_train[10000:]  # without those held out for validation
-    order = torch.randperm(10000, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(args.device)
-    some = order[:args.n]
-    protocol = {"caption": f"{args.n} {source} test images", "images": "the first of torch.randperm(10000), seed 0",
-                "attacks": {name: ATTACKS[name].__doc__ for name in args.attacks}}
-    rows, done = [], []
-    for path, info in zip(args.checkpoints, settings):
-        name = str(path.with_suffix("")).removesuffix(f"-{info['seed']}")
-        published = PUBLISHED.get(f"{info['arch']} {info['defense']}", ()) if source == "mnist" else ()
-        rows.append({"name": f"{name}, {info['epochs']} epochs", "checkpoint": str(path), "settings": info,
-                     "published": dict(zip(PUBLISHED_COLUMNS, published)), "device": args.device,
-                     "torch": torch.__version__})
-    grouped(rows)  # refuses those that are given twice
+def run_command(args):
+    if args.json and args.json.exists():
+        raise FileExistsError(f"--json: {args.json} is there already")
+    use_float32()
+    loaded = [load_checkpoint(path, args.device) for path in args.checkpoints]
+    source, *others = {args.data or settings["data"] for _, settings in loaded}
+    if others:
+        raise ValueError("some checkpoints were trained on MNIST, some on drawn digits: choose with --data")
+    x_train, y_train, x, y = (part.to(args.device) for part in data.load(source, args.data_dir))
+    x_train, y_train = x_train[10000:], y_train[10000:]  # without those that are held out for validation
+    order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(args.device)
+    for folder in filter(None, (args.figures, args.json and args.json.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+    some, rows = order[:args.n], []
     try:
-        for row, f in zip(rows, networks):
-            row["test error %"] = 100 * error_rate(f, x, y)
-            title = f"[{len(done) + 1}/{len(rows)}] {row['checkpoint']}"
-            row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, title))
-            done.append(row)
-            if args.json:  # after each network, so that no interruption loses more than one
-                save_json(args.json, done, protocol)
-    finally:
-        if done:
-            show(args, done, protocol)
+        for i, (path, (f, settings)) in enumerate(zip(args.checkpoints, loaded), 1):
+            row = {"checkpoint": path, "settings": settings, "data": source, "images": f"{args.n} {source} test images",
+                   "torch": torch.__version__, "test error %": 100 * error_rate(f, x, y)}
+            row.update(evaluate(f, x[some], y[some], args.attacks, x_train, y_train, f"[{i}/{len(loaded)}] {path}"))
+            rows.append(row)
+            if args.json:
+                save_json(args.json, rows)
+    finally:  # the networks that are finished, also after Ctrl-C or on a full disk
+        progress()
+        if rows:
+            print("\n".join(report(rows, args.attacks)), flush=True)
     if args.figures:
-        draw(args.figures, rows, networks, x[order[:500]], y[order[:500]], x_train, y_train)
+        draw(args.figures, rows, [f for f, _ in loaded], x[order[:500]], y[order[:500]], x_train, y_train)
         if args.json:
-            save_json(args.json, rows, protocol)
-
-
-def show(args, rows, protocol):
-    """Prints the tables of these rows, and draws their curves where --figures asks for them."""
-    groups = grouped(rows)
-    print("\n".join(report(groups, protocol["attacks"], protocol["caption"])), flush=True)
-    for arch in NETWORKS:
-        mine = [group for group in groups if group[0]["settings"]["arch"] == arch and "length" in group[0]]
-        if args.figures and mine:
-            path = args.figures / f"accuracy-{arch}.svg"
-            save_svg(path, f"{arch}: accuracy under attack, {protocol['caption']}", mine)
-            print(path)
+            save_json(args.json, rows)
 
 
 def main(argv=None):
     """The command line; returns the exit status."""
-    args = parse_flags(argv)
-    set_up()
     try:
-        if args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
-        folders = [args.figures, args.json and Path(os.path.realpath(args.json)).parent]
-        for folder in filter(None, folders):  # what cannot be written is known now, and not after the last attack
-            data.replace(folder / ".eval", bytes(100_000))
-            (folder / ".eval").unlink(missing_ok=True)
-        if all(path.suffix == ".json" for path in args.checkpoints):
-            rows, protocol = read_json(args.checkpoints)
-            show(args, rows, protocol)  # refuses a row that is there twice
-            if args.json:
-                save_json(args.json, rows, protocol)
-        else:
-            evaluate_all(args)
-    except (OSError, ValueError) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        return 2
+        run_command(parse_flags(argv))
+        return 0
     except KeyboardInterrupt:
         print("\neval.py: interrupted", file=sys.stderr)
         return 130
-    return 0
+    except (OSError, ValueError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
