@@ -60,7 +60,7 @@ def mlp():
 
 
 def lenet():
-    """LeNet-5 of Table 1b, its widths from the authors' code. Pooling before ReLU is the same function as after it."""
+    """LeNet-5 of Table 1b, its widths from the authors' code. ReLU and pooling may be swapped: it is one function."""
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
         nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)
@@ -83,9 +83,9 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 
     mean softplus(-s_y(x)) + mean softplus(s_y_adv(x_adv)) + lambda_grad (penalty(s_y, x) + penalty(s_y_adv, x_adv))
 
-    The means run over the whole batch, failed attacks included; the paper's expectations over classes become this one
-    batch, as in the authors' code. x and x_adv are constants. The penalty is taken at x and at x_adv, not between
-    them, and on the same logits as the first two terms, so with the same draw of the critic's noise.
+    y_adv stands for the paper's target y_k. The means run over the whole batch, failed attacks included, where the
+    paper averages over classes. x and x_adv are constants. The penalty is taken at x and at x_adv, not in between, and
+    on the logits of the first two terms: the critic's noise is drawn once.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
     real = pick(D(x), y)
@@ -103,9 +103,8 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
     x_rec = A_f(x_adv; the class that f gives to x), to the confidence that f has in this class at x
 
     x_adv = attack(f, x, ..., create_graph=True) with this f. The second and third mean run over the images whose attack
-    changed the prediction (the paper's y_s != y_t), and are 0 if there is none. The paper's lam is 0.5 for the MLP and
-    0.1 for LeNet. Returns the loss, and a dict of its detached parts: nll, fool and cycle before their weights, and
-    success, the share of the images whose attack changed the prediction.
+    changed the prediction, and are 0 if there is none. lam is 0.5 for the MLP and 0.1 for LeNet (Section 5). Returns
+    the loss, and a dict of detached scalars: nll, fool and cycle are these means, success the share of those images.
     """
     logits = f(x)
     probability, predicted = logits.softmax(1).max(1)
@@ -114,9 +113,9 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
     nll = F.cross_entropy(logits, y)
     # The gradient of `fool` passes through D and x_adv into the attack, and through the attack into f.
     fool = mean_where(success, F.softplus(-pick(D(x_adv), y_adv)))
-    # Here x_adv is a constant, so that only the attack back to x is differentiated. Its confidence is not a constant:
-    # through it the cycle term also trains f at the clean images. Both are as in the authors' code. So is the square,
-    # which Eq. 6 does not print: the authors' code has it with the paper's lambda_rec = 0.01.
+    # Here x_adv is a constant, so that only the attack back to x is differentiated. The confidence of this attack is
+    # not a constant: through `probability` the cycle term also trains f at the clean images. Both are as in the
+    # authors' code. So is the square, which Eq. 6 does not print: lambda_rec = 0.01 belongs to it.
     x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
     cycle = mean_where(success, (x_rec - x).flatten(1).square().sum(1))
 
@@ -126,19 +125,20 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
 
 def mean_where(mask, value):
     """The mean of value (N,) over the images for which mask (N,) is True; 0 if there is none. A GPU would have to wait
-    for value[mask], whose size depends on the data, and for torch.where(mask, value, 0), which copies the 0 to it."""
+    for value[mask], because its size depends on the data."""
     return value.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 # --- Eq. 7 and Algorithm 1: one step of the attack, and the attack A_f --------------------------------------------
 
 def attack_step(f, x, target, confidence, create_graph=False):
-    """Eq. 7 at x: the shortest step r_i after which, to first order, the target's log-probability is log C. If it is
-    above log C already, the step still goes towards the target: whoever calls this decides when to stop.
+    """Eq. 7 at x: the shortest step r_i after which, to first order, the target's log-probability is log C. If the
+    probability is above C already, the step still goes towards the target: whoever calls this decides when to stop.
 
     r_i = (sqrt(eps) + |log C - l| / n) w / n,   l = log p,   w = grad_x l,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    Eq. 7 prints the length (log C - l) / |w|; the direction is w / |w|. sqrt(eps) carries the step just past its goal.
+    Eq. 7 prints the length (log C - l) / |w|; the direction is w / |w|. The added sqrt(eps) makes the step end just
+    past log C.
     C = confidence, a float in (0,1] (ValueError if not) or (N,); x is a constant. Returns r_i (N,...) and, at x, the
     target's probability p (N,) and f's logits (N,K). They are detached, unless create_graph makes them functions of
     f's weights and of C.
@@ -225,8 +225,8 @@ def uniform_class(f, x, label):
 
 
 class RunningConfidence(nn.Module):
-    """The running mean, per class, of the classifier's confidence on natural images (Section 4): C = mean[target].
-    mean (K,) starts at 1. It is a buffer, so state_dict() and .to(device) include it."""
+    """The running mean, per class, of the classifier's confidence on natural images (Section 4). An attack on class t
+    takes C = mean[t]. mean (K,) starts at 1. It is a buffer, so that state_dict() and .to(device) include it."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -277,10 +277,10 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
 
 
 def minimise(loss, optimizer):
-    """One step of the optimizer. Only its own weights get a gradient, so that each loss trains one player."""
+    """One step of the optimizer. Only the optimizer's weights get a gradient, so that each loss trains one network."""
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not weights:
-        return  # this player is frozen
+        return  # this network is frozen
     optimizer.zero_grad()
     loss.backward(inputs=weights)
     if all(p.grad is None for p in weights):
@@ -291,7 +291,7 @@ def minimise(loss, optimizer):
 # --- Small tools --------------------------------------------------------------------------------------------------
 
 def pick(logits, k):
-    """Of logits (N,K), those of the classes k (N,): (N,)."""
+    """logits (N,K), k (N,) -> each image's logit of its class k, (N,)."""
     return logits.gather(1, k[:, None]).squeeze(1)
 
 

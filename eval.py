@@ -29,8 +29,7 @@ NETWORKS = {"lenet": lenet, "mlp": mlp}
 
 
 # --- The attacks: f, images x (N,...) in [0,1] that f classifies as y (N,) -> x_adv (N,...) in [0,1], detached -----
-# An attack leaves f, its mode and its gradients as they were. It does not promise that x_adv fools f: measure(), below,
-# decides that. To copy an attack, take the functions that it calls along; they are small.
+# An attack leaves f, its mode and its gradients as they were. It does not promise that x_adv fools f: measure decides.
 
 def unit(v):
     """v (N,...) divided by its l2 length, image by image; 0 stays 0."""
@@ -54,7 +53,7 @@ def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
     r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
 
     until x_adv = clamp(x + (1 + overshoot) r) is not classified as y. r is recomputed from the clamped image. Without
-    the 1e-4 a step would end exactly on the boundary. max_step=0.1 is the paper's; math.inf gives the original.
+    the 1e-4 a step would end exactly on the boundary. The paper cuts steps to 0.1; math.inf gives the original.
     """
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)  # active: the images that do not fool f yet
     for _ in range(steps):
@@ -76,7 +75,7 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
     |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
 
     from w = atanh(0.999999 (2x - 1)); without the factor a pixel of 0 or 1 would have no gradient. c begins at 1e-3.
-    After each search step c is bisected, or multiplied by 10 as long as no c has fooled f. x_adv is the closest image
+    After each search step c is bisected, or multiplied by 10 until an image has fooled f. x_adv is the closest image
     that fooled f in any step. Every search step runs to its end, without the early abort of the authors' code.
     """
     x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|^2
@@ -110,20 +109,20 @@ def ddn(f, x, y, steps=100, classes=9):
     """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of the closest classes k in turn.
     r begins at 0, and length at the distance to the linearised boundary of k. In each step, with x_i = x + r:
 
-    length *= 1 - gamma if x_i fools f, else 1 + gamma,     gamma from 0.2 to 0.01 along a cosine
-    r += alpha length g / |g|,   g = grad (f_k - f_y) at x_i,   alpha from 0.5 to 0.01 along the same cosine
+    length *= 1 - gamma if x_i fools f, else 1 + gamma,   gamma from 0.2 to 0.01 along a cosine
+    r += alpha length w / |w|,   w = grad f_k - grad f_y at x_i,   alpha from 0.5 to 0.01 along the same cosine
     r *= length / |r|, and x + r is clamped to [0,1]
 
-    x_adv is the closest x_i that fooled f. The original takes 1,000 steps of fixed sizes down the likelihood of y. It
-    often ends at a class that is not the closest, and it depends on the scale of the logits.
+    x_adv is the closest x_i that fooled f. The original goes down the likelihood of y, from a fixed length. It often
+    ends at a class that is not the closest.
     """
     x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|
     distance = boundaries(f, x, y)[1]
     for k in distance.argsort(1)[:, :-1][:, :classes].unbind(1):  # the last is y, whose distance is infinite
         x_i = x
-        length = pick(distance, k).clamp(max=x[0].numel() ** 0.5)  # no longer than the diagonal of [0,1]^n
+        length = pick(distance, k).clamp(1e-4, x.shape[1:].numel() ** 0.5)  # at most the diagonal of [0,1]^n
         for step in range(steps):
-            logits, g = gradient_towards(f, x_i, y, k)
+            logits, w = gradient_towards(f, x_i, y, k)
             r = x_i - x
             fooled = logits.argmax(1) != y
             closer = fooled & (l2(r) < shortest)
@@ -132,7 +131,7 @@ def ddn(f, x, y, steps=100, classes=9):
             cosine = (1 + math.cos(math.pi * step / steps)) / 2
             gamma, alpha = 0.01 + 0.19 * cosine, 0.01 + 0.49 * cosine
             length = torch.where(fooled, (1 - gamma) * length, (1 + gamma) * length)
-            r = r + broadcast(alpha * length, x) * unit(g)
+            r = r + broadcast(alpha * length, x) * unit(w)
             x_i = (x + broadcast(length, x) * unit(r)).clamp(0, 1)
     return x_adv
 
@@ -162,8 +161,8 @@ def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, ov
 @torch.no_grad()
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
-    and to the confidence that f has at x. If x_adv is not of this class, x is returned instead: the attack failed. If
-    it is, x_adv is returned, also if its confidence is too small."""
+    and to the confidence that f has at x. An x_adv of another class is a failure: x is returned. Too small a
+    confidence is none."""
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
     is_target = f(x_adv).argmax(1) == target
@@ -188,7 +187,7 @@ def error_rate(f, x, y):
 
 def check(f, x, y):
     """f's logits (N,K) at x. ValueError unless x holds images (N,...) in [0,1], y their labels (N,) int64, and f gives
-    finite logits, K > 1, the same ones to an image alone and among others."""
+    finite logits, K > 1, which do not depend on the other images."""
     if not (x.is_floating_point() and x.dim() > 1 and ((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"x: {x.dtype} {tuple(x.shape)} from {x.min():.7g} to {x.max():.7g}, expected images in [0,1]")
     logits = batched_logits(f, x)
@@ -227,14 +226,13 @@ def measure(f, x, y, attack, title=None):
     logits = batched_logits(f, x_adv)
     inside = ((x_adv - x_adv.clamp(0, 1)).abs() <= 1e-6).flatten(1).all(1)  # a rounding error is allowed
     fooled = (logits.argmax(1) != y) & logits.isfinite().all(1) & inside
-    length = torch.where(fooled, l2(x_adv - x), torch.inf)
-    length = torch.where(right, length, 0)
+    length = l2(x_adv - x).masked_fill(~fooled, torch.inf).masked_fill(~right, 0)
     return dict(x_adv=x_adv, length=length, rho=mean_rho(x, length), failed=length.isinf().sum().item(),
                 seconds=time.perf_counter() - began)
 
 
 def mean_rho(x, length):
-    """Eq. 8 from the lengths (N,) of the perturbations: without infinite ones, and without black images."""
+    """Eq. 8 over the lengths (N,) of the perturbations. Infinite ones and black images are left out."""
     ratio = length / l2(x)
     return ratio[ratio.isfinite()].mean().item()
 
@@ -248,8 +246,8 @@ def vote(x, x_train, y_train, k=5):
 
 
 def evaluate(f, x, y, attacks, x_train, y_train, title):
-    """What the tables say of f on the images x, y: a dict with rho by each of the named attacks. "length" (N,) is that
-    of the smallest perturbation by all of them but the paper's, infinite if they failed. "rho" is Eq. 8 for it."""
+    """What the tables say of f on the images x, y: a dict with rho by each of the named attacks. "length" (N,) is the
+    smallest length by any of them but the paper's, infinite if they all failed, and "rho" is Eq. 8 over it."""
     runs = {name: measure(f, x, y, ATTACKS[name], f"{title} {name}") for name in attacks}
     row = {name: run["rho"] for name, run in runs.items()}
     row["failed"] = {name: run["failed"] for name, run in runs.items()}
@@ -260,10 +258,9 @@ def evaluate(f, x, y, attacks, x_train, y_train, title):
         row["rho"] = mean_rho(x, row["length"])
         row["at 1.5 %"] = 100 * (row["length"] > 1.5).float().mean().item()
     if "paper" in runs:  # Table 2, on the images that f gets right and that the paper's attack moved to its target
-        length, x_adv = runs["paper"]["length"], runs["paper"]["x_adv"]
-        success = (length > 0) & length.isfinite()
-        voted = vote(x_adv[success], x_train, y_train)
-        y_adv = batched_logits(f, x_adv[success]).argmax(1)
+        success = (runs["paper"]["length"] > 0) & runs["paper"]["length"].isfinite()
+        x_adv = runs["paper"]["x_adv"][success]
+        voted, y_adv = vote(x_adv, x_train, y_train), batched_logits(f, x_adv).argmax(1)
         row["looks like target %"] = 100 * (voted == y_adv).float().mean().item()
         row["looks like original %"] = 100 * (voted == y[success]).float().mean().item()
     return row
@@ -272,7 +269,7 @@ def evaluate(f, x, y, attacks, x_train, y_train, title):
 # --- Networks and checkpoints -------------------------------------------------------------------------------------
 
 class ConvPool(nn.Module):
-    """Conv2d(1, 32, 5) and MaxPool2d(2) on a CPU, for which a training step of LeNet takes a sixth less time:
+    """Conv2d(1, 32, 5) and MaxPool2d(2), with which a training step of LeNet on a CPU takes a sixth less time:
     (N,1,28,28) -> (N,32,12,12). The four places of a pooling window lie in one 6x6 patch of x. The kernels, shifted to
     these places, give the window's values in one matrix product. The first of the largest stays, as in MaxPool2d."""
 
@@ -300,7 +297,8 @@ def read_checkpoint(path):
     content = Path(path).read_bytes()
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        network(checkpoint["settings"]["arch"]).load_state_dict(checkpoint["f"])
+        arch, *_ = [checkpoint["settings"][name] for name in ("arch", "defense", "seed", "data", "epochs")]
+        network(arch).load_state_dict(checkpoint["f"])
         return checkpoint
     except Exception as error:  # a broken file can raise anything, from the unpickler to load_state_dict
         raise ValueError(f"{path} is no checkpoint of train.py, or a broken one ({type(error).__name__})") from None
@@ -308,8 +306,8 @@ def read_checkpoint(path):
 
 def load_checkpoint(path, device="cpu"):
     """The classifier in a checkpoint of train.py, in eval mode on the device, and its settings. The "epochs" of a run
-    that is not finished are a text such as "3 of 100". On a CPU LeNet's first two layers print as one, ConvPool. OSError
-    if the file cannot be read, ValueError if it is no such checkpoint. No code in the file is run."""
+    that is not finished are a text such as "3 of 100". On a CPU LeNet's first two layers print as one, ConvPool.
+    OSError if the file cannot be read, ValueError if it is no such checkpoint. No code in the file is run."""
     checkpoint = read_checkpoint(path)
     settings = checkpoint["settings"]
     f = network(settings["arch"], device)
@@ -407,8 +405,7 @@ def figure_2(f, x, y, x_train, y_train):
     reached = off_diagonal & (pick(batched_logits(f, grid).softmax(1), target) >= 0.95 - 1e-6)
     alike = off_diagonal & (vote(grid, x_train, y_train) == target)
     grid[off_diagonal & ~reached] *= 0.35
-    pages = F.pad(grid, (2, 2, 2, 2)), F.pad(grid, (2, 2, 2, 2), value=1)  # without and with the frame
-    framed = torch.where(broadcast(off_diagonal, grid), *pages)
+    framed = torch.where(broadcast(off_diagonal, grid), F.pad(grid, (2, 2, 2, 2)), F.pad(grid, (2, 2, 2, 2), value=1))
     return tile(framed, 10), reached.sum().item(), alike.sum().item()
 
 

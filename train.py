@@ -54,7 +54,7 @@ def vat(f, x, y, eps=2.0, xi=1e-2):
     def divergence(other):
         return F.kl_div(f(other).log_softmax(1), log_p, log_target=True, reduction="batchmean")
     x_i = (x + xi * unit(torch.randn_like(x))).requires_grad_()
-    grad, = torch.autograd.grad(divergence(x_i), x_i)
+    grad, = torch.autograd.grad(len(x) * divergence(x_i), x_i)  # each image's own, not its small share of the mean
     return F.cross_entropy(logits, y) + divergence(x + eps * unit(grad))
 
 
@@ -84,6 +84,7 @@ def pgd(f, x, y, eps=2.0, steps=10, step=0.5):
 
 
 BASELINES = {"reference": reference, "at": at, "vat": vat, "margin": margin, "pgd": pgd}
+TARGETS = {"closest": closest_class, "uniform": uniform_class}
 
 
 # --- A run: what is trained, its schedule, its checkpoint ---------------------------------------------------------
@@ -123,9 +124,6 @@ def start(settings, device):
         return Run(settings, f, adam(f, 1e-3, (0.9, 0.999)))
     D, confidence = critic().to(device), RunningConfidence(10).to(device)
     return Run(settings, f, adam(f, 5e-4, (0.5, 0.999)), D, confidence, adam(D, 1e-3, (0.5, 0.999)))
-
-
-TARGETS = {"closest": closest_class, "uniform": uniform_class}
 
 
 def step(run, epoch, x, y):
@@ -217,24 +215,23 @@ def train_epoch(run, x, y, epoch):
 def train(run, out, x, y, x_val, y_val):
     """Trains the run to its last epoch. After each epoch it writes the checkpoint and its log, and prints a line."""
     epochs = run.settings["epochs"]
+    first, losses = 1, ["loss"]
     if run.settings["defense"] == "critic":
         first, losses = 0, ["nll", "fool", "cycle", "critic", "success"]  # epoch 0 is the pretraining
-    else:
-        first, losses = 1, ["loss"]
     columns = ["epoch", "seconds", *losses, "val_error", "deepfool"]
     print("".join(f"{name:>10}" for name in [*columns, "left"]), flush=True)
     for epoch in range(first + len(run.log), epochs + 1):
         began = time.perf_counter()
         set_learning_rates(run, epoch)
-        row = dict.fromkeys(columns) | {"epoch": epoch} | train_epoch(run, x, y, epoch)
+        row = dict.fromkeys(columns)  # in the order of the columns
+        row.update(train_epoch(run, x, y, epoch), epoch=epoch)
         row["val_error"] = error_rate(run.f, x_val, y_val)
         row["deepfool"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
         row["seconds"] = round(time.perf_counter() - began, 1)
         run.log.append(row)
         save(run, out)
         cells = ["" if row[name] is None else f"{row[name]:.4g}" for name in columns]
-        if epoch > 0:  # the pretraining is faster
-            cells.append(f"{row['seconds'] * (epochs - epoch) / 60:.1f} min")
+        cells.append(f"{row['seconds'] * (epochs - epoch) / 60:.1f} min" if epoch else "")  # the pretraining is faster
         if row["val_error"] > 0.5:
             cells.append("  COLLAPSED")
         print("".join(f"{cell:>10}" for cell in cells), flush=True)
