@@ -28,7 +28,7 @@ from advcritic import attack_step, boundaries, broadcast, closest_class, l2, len
 NETWORKS = {"lenet": lenet, "mlp": mlp}
 
 
-# --- The attacks: f, images x (N,...) in [0,1] that f classifies as y (N,) -> x_adv (N,...) in [0,1], detached -----
+# --- The attacks: f, images x (N,...) in [0,1] that f classifies as y (N,) -> x_adv (N,...) in [0,1], detached ----
 # An attack leaves f, its mode and its gradients as they were. It does not promise that x_adv fools f: measure decides.
 
 def unit(v):

@@ -87,7 +87,7 @@ BASELINES = {"reference": reference, "at": at, "vat": vat, "margin": margin, "pg
 TARGETS = {"closest": closest_class, "uniform": uniform_class}
 
 
-# --- A run: what is trained, its schedule, its checkpoint ---------------------------------------------------------
+# --- A run: what is trained, its schedule, its checkpoint, its loop -----------------------------------------------
 
 @dataclasses.dataclass
 class Run:
@@ -191,8 +191,6 @@ def restore(run, out):
         torch.cuda.set_rng_state(checkpoint["random_cuda"])
 
 
-# --- The loop -----------------------------------------------------------------------------------------------------
-
 def train_epoch(run, x, y, epoch):
     """One pass over x and y in whole batches of a random order. Returns the means of what step returns, as floats.
     FloatingPointError if a loss or a weight is not finite."""
@@ -223,17 +221,19 @@ def train(run, out, x, y, x_val, y_val):
     for epoch in range(first + len(run.log), epochs + 1):
         began = time.perf_counter()
         set_learning_rates(run, epoch)
-        row = dict.fromkeys(columns)  # in the order of the columns
-        row.update(train_epoch(run, x, y, epoch), epoch=epoch)
+        row = {"epoch": epoch, **train_epoch(run, x, y, epoch)}
         row["val_error"] = error_rate(run.f, x_val, y_val)
-        row["deepfool"] = measure(run.f, x_val[:100], y_val[:100], deepfool)["rho"]
+        found = measure(run.f, x_val[:100], y_val[:100], deepfool)
+        row["deepfool"] = found["rho"]
         row["seconds"] = round(time.perf_counter() - began, 1)
         run.log.append(row)
         save(run, out)
-        cells = ["" if row[name] is None else f"{row[name]:.4g}" for name in columns]
+        cells = [f"{row[name]:.4g}" if name in row else "" for name in columns]
         cells.append(f"{row['seconds'] * (epochs - epoch) / 60:.1f} min" if epoch else "")  # the pretraining is faster
         if row["val_error"] > 0.5:
             cells.append("  COLLAPSED")
+        if found["failed"]:
+            cells.append(f"  DeepFool failed on {found['failed']}")
         print("".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
