@@ -2,7 +2,8 @@
 
     python eval.py runs/*.pt --n 1000 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
-Prints the tables, with the paper's values in brackets. Checkpoints that differ only in the seed share a line.
+Prints the tables, with the paper's values in brackets. Checkpoints that differ only in the seed share a line. A network
+and 1,000 images take 8 to 15 minutes on one CPU core, and an hour with Carlini and Wagner's attack (cw).
 """
 import argparse
 import glob
