@@ -3,7 +3,7 @@
     python eval.py runs/*.pt --n 1000 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
 Prints the tables, with the paper's values in brackets. Checkpoints that differ only in the seed share a line. A network
-and 1,000 images take 8 to 15 minutes on one CPU core, and an hour with Carlini and Wagner's attack (cw).
+takes 9 to 18 minutes for 1,000 images on one CPU core, and an hour more with Carlini and Wagner's attack (cw).
 """
 import argparse
 import glob
@@ -481,6 +481,7 @@ def add_data_flags(parser, default):
 
 
 def parse_flags(argv):
+    """The command line as argparse has it, with the attacks and the checkpoints as lists."""
     parser = argparse.ArgumentParser(description="Attacks networks, prints Tables 1 and 2.", allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="files of train.py, also as 'runs/*.pt'")
     parser.add_argument("--n", type=int, default=500, help="attack the first N of a fixed permutation of the test "
@@ -496,7 +497,6 @@ def parse_flags(argv):
         parser.error(f"--attacks: expected names out of {','.join(ATTACKS)}")
     if not 1 <= args.n <= 10000:
         parser.error("--n: expected 1 to 10000")
-    # On Windows the shell leaves patterns alone, so they are expanded here.
     paths = [path for text in args.checkpoints for path in sorted(glob.glob(text, recursive=True)) or [text]]
     args.checkpoints = list(dict.fromkeys(paths))
     if args.figures and len({Path(path).stem for path in paths}) < len(args.checkpoints):
@@ -511,6 +511,7 @@ def save_json(path, rows):
 
 
 def run_command(args):
+    """Attacks the networks, prints the tables, and writes what --json and --figures ask for. OSError or ValueError."""
     if args.json and args.json.exists():
         raise FileExistsError(f"--json: {args.json} is there already")
     use_float32()

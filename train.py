@@ -175,8 +175,7 @@ def save(run, out):
 def restore(run, out):
     """Takes the run to where its checkpoint was written. OSError or ValueError if that is not possible."""
     checkpoint = read_checkpoint(out)
-    theirs = checkpoint["settings"]
-    differ = [f"{name} {theirs.get(name)}" for name in run.settings if theirs.get(name) != run.settings[name]]
+    differ = [f"{name} {value}" for name, value in checkpoint["settings"].items() if run.settings.get(name) != value]
     if differ:
         raise ValueError(f"{out} was trained with {', '.join(differ)}: give the same flags, or another --out")
     if not {"log", "random", *run.parts()} <= set(checkpoint):
@@ -289,6 +288,7 @@ def parse_flags(argv):
 
 
 def run_command(args, settings):
+    """Trains, or goes on with, the run that the flags describe. OSError, ValueError or FloatingPointError."""
     use_float32()
     run = start(settings, args.device)
     if args.resume:
