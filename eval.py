@@ -314,7 +314,7 @@ def load_checkpoint(path, device="cpu"):
     f = network(settings["arch"], device)
     f.load_state_dict(checkpoint["f"])
     if "log" in checkpoint:  # not if the file holds weights alone
-        done = max([row["epoch"] for row in checkpoint["log"]], default=0)
+        done = max((row["epoch"] for row in checkpoint["log"]), default=0)
         if done < settings["epochs"]:
             settings["epochs"] = f"{done} of {settings['epochs']}"
     return f.eval(), settings
