@@ -1,7 +1,7 @@
 """Trains a classifier against its adversary critic, or with one of the defenses that the paper compares it with.
 
     python train.py --arch lenet              the paper's run: 100 epochs, some 15 hours on one CPU core
-    python train.py --arch lenet --quick      a short one, to see it train: 4 minutes there
+    python train.py --arch lenet --quick      a short one, to see it train: 3 minutes there
 
 Prints a line after each epoch and, last, the command that measures the network on the test set.
 """
@@ -253,7 +253,7 @@ def parse_flags(argv):
     parser.add_argument("--out", type=Path, metavar="FILE.pt", help="the checkpoint; its log is FILE.csv beside it "
                         "(default runs/ARCH-DEFENSE[-quick][-drawn]-SEED.pt)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out; give the same flags")
-    parser.add_argument("--quick", action="store_true", help="minutes: 3 epochs of 6,000 training images")
+    parser.add_argument("--quick", action="store_true", help="minutes: 2 epochs of 6,000 training images")
     paper = parser.add_argument_group("constants of the paper, for --defense critic")
     paper.add_argument("--lam", type=float, help="weight of fooling the critic in the classifier's loss, Eq. 5 "
                        "(default 0.1 for lenet, 0.5 for mlp)")
@@ -265,7 +265,7 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
 
     settings = {"arch": args.arch, "defense": args.defense, "seed": args.seed, "data": args.data,
-                "epochs": 3 if args.quick else 100, "train_images": 6000 if args.quick else 50000}
+                "epochs": 2 if args.quick else 100, "train_images": 6000 if args.quick else 50000}
     if args.defense == "critic":
         settings.update(lam={"lenet": 0.1, "mlp": 0.5}[args.arch], lambda_rec=0.01, lambda_grad=10.0, attack_steps=5,
                         target="closest")

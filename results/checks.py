@@ -96,7 +96,7 @@ def pages():
             if not line.startswith("|"):
                 header = None
                 continue
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
             if header is None:
                 header = cells
                 continue
