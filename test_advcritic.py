@@ -81,16 +81,16 @@ def assert_same(weights, *values, **tolerance):
 
 def test_networks_layer_by_layer():
     """The critic has noise on the input of each layer, in training alone, and leaky ReLU after the hidden ones."""
-    for net, count in ((mlp(), 3_836_410), (lenet(), 582_026), (critic(), 2_395_210)):
+    x, f, D, net = torch.rand(3, 1, 28, 28), mlp(), critic(), lenet()
+    for net, count in ((f, 3_836_410), (D, 2_395_210), (net, 582_026)):
         assert sum(p.numel() for p in net.parameters()) == count
         for layer in (layer for layer in net if hasattr(layer, "weight")):  # He: variance 2 / fan-in
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.weight[0].numel()), rel=0.1)
             assert layer.bias.abs().max() == 0
-    x, net = torch.rand(3, 1, 28, 28), lenet()
     conv1, conv2, dense, last = (layer for layer in net if hasattr(layer, "weight"))
     h = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
     torch.testing.assert_close(net(x), last(F.relu(dense(h.flatten(1)))))
-    for net, noise, slope in ((mlp(), [0] * 4, 0), (critic(), [0.1, 0.5, 0.5], 0.2), (critic().eval(), [0] * 3, 0.2)):
+    for net, noise, slope in ((f, [0] * 4, 0), (D, [0.1, 0.5, 0.5], 0.2), (copy.deepcopy(D).eval(), [0] * 3, 0.2)):
         state, h = torch.get_rng_state(), x.flatten(1)
         found = net(x)
         torch.set_rng_state(state)
@@ -112,8 +112,7 @@ def test_conv_pool_is_convolution_and_pooling_with_their_derivatives():
         grad, = torch.autograd.grad((y * cotangent).sum(), x_i, create_graph=True)
         outcomes.append((y, grad, *torch.autograd.grad(grad.square().sum() + y.square().sum(), layer.parameters())))
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-10)
-    first = [type(evaluation.network("lenet", device)[0]) for device in ("cpu", "meta")]
-    assert first == [evaluation.ConvPool, nn.Conv2d]
+    assert [type(evaluation.network("lenet", on)[0]) for on in ("cpu", "meta")] == [evaluation.ConvPool, nn.Conv2d]
 
 
 def test_critic_loss_and_its_gradient():
@@ -307,9 +306,9 @@ def test_adam_learning_rates_pretraining_and_the_settings_of_a_step(monkeypatch)
 
 def test_defaults_are_those_of_the_paper():
     for function, defaults in {
-            attack: (5, 0.05, False), critic_loss: (10.0,), classifier_loss: (0.01, 5),
-            train_step: (0.01, 10.0, 5, closest_class), deepfool: (500, 0.1, 0.02), ddn: (100, 9),
-            high_confidence_attack: (500, 0.1, 0.02), carlini_wagner: (1000, 9, 0.01), train.vat: (2.0, 1e-2)}.items():
+            attack: (5, 0.05, False), critic_loss: (10.0,), classifier_loss: (0.01, 5), train.vat: (2.0, 1e-2),
+            train_step: (0.01, 10.0, 5, closest_class), deepfool: (500, 0.1, 0.02), carlini_wagner: (1000, 9, 0.01),
+            high_confidence_attack: (500, 0.1, 0.02), ddn: (100, 9)}.items():
         assert getattr(function, "__wrapped__", function).__defaults__ == defaults
 
 
@@ -633,11 +632,12 @@ def save_weights(path, f=None, **settings):
 
 @pytest.mark.filterwarnings("error")
 def test_both_scripts_end_to_end(scripts, capsys):
-    """A clean screen, in a new process too. The files where they are said to be; the command that is printed."""
-    flags, name = ["--quick", *REFERENCE], "mlp-reference-quick-drawn-0"
-    failed = subprocess.run([sys.executable, HERE / "train.py", "--resume", *flags], capture_output=True, text=True)
-    assert failed.returncode == 2 and re.fullmatch(f"train.py: error: .*{name}.*\n", failed.stderr)
-    assert train.main(flags) == 0 and sorted(os.listdir("runs")) == [f"{name}.csv", f"{name}.pt"]
+    """A clean screen, in a new process too. The files where they are said to be; the command that is printed runs."""
+    name = "mlp-reference-quick-drawn-0"
+    for script, flags in (("train", ["--quick", "--resume", *REFERENCE]), ("eval", [f"{name}.pt"])):
+        failed = subprocess.run([sys.executable, HERE / f"{script}.py", *flags], capture_output=True, text=True)
+        assert failed.returncode == 2 and re.fullmatch(f"{script}.py: error: .*{name}.pt.*\n", failed.stderr)
+    assert train.main(["--quick", *REFERENCE]) == 0 and sorted(os.listdir("runs")) == [f"{name}.csv", f"{name}.pt"]
     said = capsys.readouterr()
     command = said.out.splitlines()[-1].removeprefix("Done. On the test set: python eval.py ").split()
     assert said.err == "" and evaluation.main([*command, *BRIEF, "--json", "a.json"]) == 0
@@ -789,7 +789,7 @@ def test_the_examples_of_readme(scripts):
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2 and names["parts"]["success"] > 0
-    torch.testing.assert_close(names["net"](names["x"]), f(names["x"]))
+    torch.testing.assert_close(names["f"](names["x"]), f(names["x"]))
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])

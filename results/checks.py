@@ -1,6 +1,6 @@
 """What README.md beside this file says beyond the tables of eval.py. From the folder above:
 
-    python results/checks.py pages              holds each table of both pages against results/*.json
+    python results/checks.py pages              holds each table of both pages against the files here
     python results/checks.py chance mlp         the differences of rho between neighbours, and their standard errors
     python results/checks.py steps lenet        the time of a training step, in units of one without a defense
     python results/checks.py stronger FILE.pt   what FAB and ALMA find on 100 images that our attacks do not
@@ -15,7 +15,8 @@ import time
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # eval is a builtin; before torch, to silence what torch says without numpy
@@ -25,8 +26,8 @@ import data
 import train
 from advcritic import l2
 
-PAPERS_FIVE = ("reference", "at", "vat", "margin", "critic")
-COLUMNS = {"error %": "test error %", "looks %": "looks like target %"}  # README's shorter headings
+# The pages' headings for columns of eval.py's tables.
+COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper"}
 
 
 def test_images(n):
@@ -37,21 +38,22 @@ def test_images(n):
 
 
 def rows_of(arch):
-    """The rows of results/ARCH.json by defense. cw is from ARCH-cw.json: Carlini-Wagner's rho on the first 100 of the
-    images; rho of 100 is rho on these images."""
-    rows = {row["settings"]["defense"]: row for row in json.loads((ROOT / f"results/{arch}.json").read_text())}
-    for row in json.loads((ROOT / f"results/{arch}-cw.json").read_text()):
+    """The rows of results/ARCH.json by defense, and beyond them: cw from ARCH-cw.json, Carlini-Wagner's rho on the first
+    100 of the images; rho of 100, on these images; by how much ALMA lowers it, from stronger.txt; and sure %, the mean
+    probability of the right class over the images that are read right."""
+    rows = {row["settings"]["defense"]: row for row in json.loads((HERE / f"{arch}.json").read_text())}
+    for row in json.loads((HERE / f"{arch}-cw.json").read_text()):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
-    x, _ = test_images(100)
+    for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", (HERE / "stronger.txt").read_text()):
+        rows[defense]["ALMA takes off %"] = float(percent)
+    x, y = test_images(len(rows["critic"]["length"]))
     for row in rows.values():
+        f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
+        probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
+        row["sure %"] = 100 * probability[predicted == y].mean().item()
         row["of 90"] = row["figure 2"]["look like target"]
-        row["rho of 100"] = evaluation.mean_rho(x, torch.tensor(row["length"][:100]))
+        row["rho of 100"] = evaluation.mean_rho(x[:100], torch.tensor(row["length"][:100]))
     return rows
-
-
-def order(rows, column):
-    """The paper's five defenses, hardest to fool first."""
-    return " > ".join(sorted(PAPERS_FIVE, key=lambda defense: rows[defense][column], reverse=True))
 
 
 def neighbours(arch):
@@ -83,9 +85,9 @@ def shown(cell, rows, defense, column):
 
 
 def pages():
-    """Exits with an error if a cell of a table is not what results/*.json say."""
+    """Exits with an error if a cell of a table is not what the files say."""
     networks = {"LeNet": rows_of("lenet"), "MLP": rows_of("mlp")}
-    checked, wrong, differ = 0, [], set()
+    checked, wrong = 0, []
     chances = {f"{arch}: `{first}` - `{second}`": (f"{difference:.4f}", f"{error:.4f}")
                for arch in networks for first, second, difference, error in neighbours(arch.lower())}
     for page in ("README.md", "results/README.md"):
@@ -105,12 +107,7 @@ def pages():
                 network, _, column = column.rpartition(": ")
                 network = network or next((name for name in networks if name in f"{cells[0]} {heading}"), None)
                 column = COLUMNS.get(column, column)
-                if header[0] == "by" and set(cell) - set("-"):
-                    good = cell == order(networks[column], cells[0])
-                elif column == "ours (paper)" and defense:
-                    differ.add((network, defense[1], cells[1]))
-                    good = shown(cell, networks[network], defense[1], cells[1])
-                elif cells[0] in chances:
+                if cells[0] in chances:
                     good = cell == chances[cells[0]][column == "standard error"]
                 elif network and defense and cell and column in networks[network][defense[1]]:
                     good = shown(cell, networks[network], defense[1], column)
@@ -119,14 +116,7 @@ def pages():
                 checked += 1
                 if not good:
                     wrong.append(f"{page}: {cells[0]}, {column}: {cell}")
-    for network, rows in networks.items():
-        for name, values in evaluation.PAPER.items():
-            arch, defense = name.split()
-            for column, value in zip(evaluation.PAPER_COLUMNS[1:4], values[1:4]):
-                far = arch == network.lower() and abs(rows[defense][column] - value) > 0.02
-                if far and (network, defense, column) not in differ:
-                    wrong.append(f"{network} {defense} {column} differs from the paper by more than 0.02, unlisted")
-    print("\n".join([*wrong, f"{checked} cells of both pages are those of results/*.json, but for {len(wrong)}"]))
+    print("\n".join([*wrong, f"{checked} cells of both pages are those of the files in results, but for {len(wrong)}"]))
     if wrong or checked < 100:
         sys.exit(1)
 
