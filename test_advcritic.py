@@ -1,6 +1,5 @@
 """The tests, in the order of the paper: each against a closed form, a finite difference in float64, a count from the
-paper or an independent recomputation, and last the scripts as a user runs them. One wants MNIST's folder in MNIST_DIR.
-"""
+paper or an independent recomputation, and last the scripts as a user runs them. One wants MNIST, in MNIST_DIR."""
 import copy
 import csv
 import functools
@@ -476,7 +475,7 @@ def test_measure_refuses():
             (f, x, y + 2, "y: .* from 2 to 2"), (f, x, y - 1, "y: .* from -1"),
             (lambda x: x / 0, x, y, "f: its logits at x are not finite"), (lambda x: x[None], x, y, r"\(1, 1, 2\)"),
             (lambda x: x[:, :1], x, y, r"f: logits of shape \(1, 1\), expected \(1, K\) with K > 1"),
-            (nn.Dropout(0.9), x.repeat(20, 1), y.repeat(20), "eval mode"),
+            (nn.Dropout(0.5), torch.rand(20, 99), y.repeat(20), "eval mode"),
             (nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()), torch.rand(20, 1, 1, 2), y.repeat(20), "eval mode")):
         with pytest.raises(ValueError, match=says):
             measure(other_f, other_x, other_y, lambda f, x, y: x)
@@ -661,7 +660,8 @@ def test_resume_equals_uninterrupted(scripts, monkeypatch, capsys, fused, fused_
     for says in ("Resumed after epoch 1 of 2", "Resumed after epoch 2 of 2"):  # the second time nothing is left
         assert train.main([*flags, "parts.pt", "--resume"]) == 0 and says in capsys.readouterr().out
     whole, parts = (torch.load(name, weights_only=True) for name in ("whole.pt", "parts.pt"))
-    assert bool(parts["adam_f"]["param_groups"][0]["fused"]) == fused_later
+    fused, fused_here = (bool(run["adam_f"]["param_groups"][0]["fused"]) for run in (parts, whole))
+    assert fused == (fused_later and fused_here)  # torch before 2.4 fuses nothing on a CPU
     for row in (*whole["log"], *parts["log"]):
         row["seconds"] = None
     for name in ("f", "D", "confidence", "log"):

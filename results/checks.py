@@ -27,7 +27,8 @@ import train
 from advcritic import l2
 
 # The pages' headings for columns of eval.py's tables.
-COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper"}
+COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper",
+           "right at 1.5 %": "at 1.5 %", "pictures of 90": "of 90"}
 
 
 def test_images(n):
@@ -38,19 +39,20 @@ def test_images(n):
 
 
 def rows_of(arch):
-    """The rows of results/ARCH.json by defense, and beyond them: cw from ARCH-cw.json, Carlini-Wagner's rho on the first
-    100 of the images; rho of 100, on these images; by how much ALMA lowers it, from stronger.txt; and sure %, the mean
-    probability of the right class over the images that are read right."""
+    """The rows of results/ARCH.json by defense. Beyond them: Carlini-Wagner's rho on the first 100 of the images, cw,
+    from ARCH-cw.json; rho of 100, on these images; by how much ALMA lowers it, from stronger.txt; and the clean
+    confidence, the mean probability of the right class over the images that are read right."""
     rows = {row["settings"]["defense"]: row for row in json.loads((HERE / f"{arch}.json").read_text())}
     for row in json.loads((HERE / f"{arch}-cw.json").read_text()):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
-    for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", (HERE / "stronger.txt").read_text()):
+    stronger = (HERE / "stronger.txt").read_text()
+    for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", stronger):
         rows[defense]["ALMA takes off %"] = float(percent)
     x, y = test_images(len(rows["critic"]["length"]))
     for row in rows.values():
         f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
         probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
-        row["sure %"] = 100 * probability[predicted == y].mean().item()
+        row["clean confidence %"] = 100 * probability[predicted == y].mean().item()
         row["of 90"] = row["figure 2"]["look like target"]
         row["rho of 100"] = evaluation.mean_rho(x[:100], torch.tensor(row["length"][:100]))
     return rows
