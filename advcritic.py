@@ -5,9 +5,9 @@
     target  the class that the attack aims at (N,)   C      the confidence that the attack must reach (N,)
     x_adv   the attacked images A_f(x; target)       y_adv  the class that f gives to x_adv (N,)
 
-These names mean the same in every function. f must treat each image on its own: batch norm and dropout in eval mode.
+f must treat each image on its own and without randomness: batch norm and dropout in eval mode.
 
-Signs: as printed, Eqs. 4 and 5 read D_k as the probability that an image is adversarial, and their loss is unbounded.
+Signs: as printed, Eqs. 4 and 5 read D_k as the probability that an image is adversarial, and have no minimum.
 Here D_k = sigmoid(logit k) is the probability that x is natural data of class k, and the loss is cross-entropy, as in
 the authors' code: the critic maximises log D_y(x) + log(1 - D_y_adv(x_adv)), the classifier minimises
 -log D_y_adv(x_adv). For a logit s, -log sigmoid(s) = softplus(-s) and -log(1 - sigmoid(s)) = softplus(s).
@@ -60,7 +60,7 @@ def mlp():
 
 
 def lenet():
-    """LeNet-5 of Table 1b, its widths from the authors' code. ReLU and pooling may be swapped: it is one function."""
+    """LeNet-5 of Table 1b, its widths from the authors' code. Max-pooling and ReLU may be swapped."""
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
         nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)
@@ -83,9 +83,9 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
 
     mean softplus(-s_y(x)) + mean softplus(s_y_adv(x_adv)) + lambda_grad (penalty(s_y, x) + penalty(s_y_adv, x_adv))
 
-    y_adv stands for the paper's target y_k. The means run over the whole batch, failed attacks included, where the
-    paper averages over classes. x and x_adv are constants. The penalty is taken at x and at x_adv, not in between, and
-    on the logits of the first two terms: the critic's noise is drawn once.
+    y_adv replaces the paper's target y_k. The means run over the whole batch, failed attacks included; Eq. 4 takes each
+    class k separately. x and x_adv are constants. The penalty is taken at x and at x_adv, not in between, from the same
+    forward passes as the first two terms: with the same noise.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
     real = pick(D(x), y)
@@ -104,7 +104,7 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
 
     x_adv = attack(f, x, ..., create_graph=True) with this f. The second and third mean run over the images whose attack
     changed the prediction, and are 0 if there is none. lam is 0.5 for the MLP and 0.1 for LeNet (Section 5). Returns
-    the loss, and a dict of detached scalars: nll, fool and cycle are these means, success the share of those images.
+    the loss, and a dict of detached scalars: nll, fool, cycle, the three means, and success, the share that changed.
     """
     logits = f(x)
     probability, predicted = logits.softmax(1).max(1)
@@ -115,7 +115,7 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
     fool = mean_where(success, F.softplus(-pick(D(x_adv), y_adv)))
     # Here x_adv is a constant, so that only the attack back to x is differentiated. The confidence of this attack is
     # not a constant: through `probability` the cycle term also trains f at the clean images. Both are as in the
-    # authors' code. So is the square, which Eq. 6 does not print: lambda_rec = 0.01 belongs to it.
+    # authors' code. So is the square, which Eq. 6 does not print: their lambda_rec = 0.01 weighs the square.
     x_rec = attack(f, x_adv.detach(), predicted, probability, steps, create_graph=True)
     cycle = mean_where(success, (x_rec - x).flatten(1).square().sum(1))
 
@@ -124,8 +124,8 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
 
 
 def mean_where(mask, value):
-    """The mean of value (N,) over the images for which mask (N,) is True; 0 if there is none. A GPU would have to wait
-    for value[mask], because its size depends on the data."""
+    """The mean of value (N,) over the images for which mask (N,) is True; 0 if there is none. With value[mask], whose
+    size depends on the data, the CPU would have to wait for the GPU."""
     return value.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -135,13 +135,12 @@ def attack_step(f, x, target, confidence, create_graph=False):
     """Eq. 7 at x: the shortest step r_i after which, to first order, the target's log-probability is log C. If the
     probability is above C already, the step still goes towards the target: whoever calls this decides when to stop.
 
-    r_i = (sqrt(eps) + |log C - l| / n) w / n,   l = log p,   w = grad_x l,   n = sqrt(eps + |w|^2),   eps = 1e-8
+    r_i = (sqrt(eps) + |log C - log p| / n) w / n,   w = grad_x log p,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    Eq. 7 prints the length (log C - l) / |w|; the direction is w / |w|. The added sqrt(eps) makes the step end just
-    past log C.
+    Eq. 7 prints the length (log C - log p) / |w|; the direction is w / |w|. The added sqrt(eps) lengthens each step.
     C = confidence, a float in (0,1] (ValueError if not) or (N,); x is a constant. Returns r_i (N,...) and, at x, the
-    target's probability p (N,) and f's logits (N,K). They are detached, unless create_graph makes them functions of
-    f's weights and of C.
+    target's probability p (N,) and f's logits (N,K). They are detached, unless create_graph keeps them differentiable
+    with respect to f's weights, and r_i also with respect to C.
     """
     if not isinstance(confidence, torch.Tensor) and not 0 < confidence <= 1:
         raise ValueError(f"confidence: {confidence}, expected a probability in (0,1]")
@@ -150,19 +149,19 @@ def attack_step(f, x, target, confidence, create_graph=False):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = f(x)
-        l = pick(logits.log_softmax(1), target)
-        # The gradient of the sum holds each image's own gradient. create_graph makes w a function of the weights too:
-        # its derivative is the paper's second-order d2f / dx dw.
-        w, = torch.autograd.grad(l.sum(), x, create_graph=create_graph)
+        log_p = pick(logits.log_softmax(1), target)
+        # The gradient of the sum holds each image's own gradient. With create_graph w can be differentiated with
+        # respect to the weights: the paper's second-order term d2f / dx dw, whose w stands for the weights.
+        w, = torch.autograd.grad(log_p.sum(), x, create_graph=create_graph)
         if not create_graph:
-            C, l, logits = C.detach(), l.detach(), logits.detach()
+            C, log_p, logits = C.detach(), log_p.detach(), logits.detach()
         n = (eps + w.flatten(1).square().sum(1)).sqrt()
-        length = eps ** 0.5 + (C.log() - l).abs() / n
-        return broadcast(length / n, w) * w, l.exp(), logits
+        length = eps ** 0.5 + (C.log() - log_p).abs() / n
+        return broadcast(length / n, w) * w, log_p.exp(), logits
 
 
 def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False):
-    """A_f(x; target), Algorithm 1: x_adv, to which f gives the target a probability of at least confidence.
+    """A_f(x; target), Algorithm 1: steps from x until f gives the target a probability of at least confidence.
 
     From r = 0, `steps` times:   r += r_i 1[p(x_0) < C] ... 1[p(x_i) < C],   r_i by Eq. 7 at x_i = x + (1 + overshoot) r
     x_adv = x + (1 + overshoot) r,   not clipped to [0,1]
@@ -176,13 +175,13 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
     with torch.set_grad_enabled(create_graph):
         for _ in range(steps):
-            # Here the gradient stops: x_i is a constant. x_adv depends on f's weights in two ways. Each step r_i is
-            # computed with them, and this dependence is differentiated. The point x_i, at which r_i is computed, was
-            # also reached with them, and this dependence is cut. If it were not, the gradient of each step would be
-            # multiplied by the Jacobians of all later steps, which contain Hessians of log p.
+            # Here the gradient stops: x_i is a constant. x_adv depends on f's weights in two ways. At x_i the weights
+            # determine r_i and p, and this dependence is differentiated. Through the earlier steps they also determined
+            # x_i itself, and this dependence is cut. If it were not, the gradient of each step would be multiplied by
+            # the Jacobians of all later steps, which contain Hessians of log p.
             x_i = (x + (1 + overshoot) * r).detach()
             r_i, p, _ = attack_step(f, x_i, target, confidence, create_graph)
-            # The straight-through estimator: the value of s.round() is 1[p < C], its gradient is that of s.
+            # The straight-through estimator: the sum has the value s.round() = 1[p < C], and the gradient of s.
             s = torch.sigmoid(C - p)
             indicator = indicator * (s + (s.round() - s).detach())
             r = r + broadcast(indicator, x) * r_i
@@ -202,7 +201,8 @@ def boundaries(f, x, label):
         logits = f(x)
         gap = pick(logits, label)[:, None] - logits
         # One class at a time, so that memory does not grow with K.
-        norm = torch.stack([l2(*torch.autograd.grad(gap_k.sum(), x, retain_graph=True)) for gap_k in gap.unbind(1)], 1)
+        grads = (torch.autograd.grad(gap_k.sum(), x, retain_graph=True)[0] for gap_k in gap.unbind(1))
+        norm = torch.stack([l2(grad) for grad in grads], 1)
     distance = gap.detach().abs() / norm.clamp(min=1e-12)
     return norm, distance.scatter(1, label[:, None], torch.inf)
 
@@ -225,8 +225,8 @@ def uniform_class(f, x, label):
 
 
 class RunningConfidence(nn.Module):
-    """The running mean, per class, of the classifier's confidence on natural images (Section 4). An attack on class t
-    takes C = mean[t]. mean (K,) starts at 1. It is a buffer, so that state_dict() and .to(device) include it."""
+    """The running mean, per class, of the classifier's confidence on natural images (Section 4). An attack towards
+    class t takes C = mean[t]. mean (K,) starts at 1. It is a buffer, so that state_dict() and to(device) include it."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -261,7 +261,7 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
                          f"confidence do not match {len(x)} images")
     confidence.update(logits)
     target = choose_target(f, x, logits.argmax(1))
-    # The attack is computed once. The critic sees its images; the classifier also differentiates through it.
+    # The attack is computed once. The critic sees x_adv; the classifier also differentiates through the attack.
     x_adv = attack(f, x, target, confidence.mean[target], steps, create_graph=True)
     with torch.no_grad():
         y_adv = f(x_adv).argmax(1)

@@ -1,4 +1,4 @@
-"""How robust is a trained classifier? The paper's attacks and DDN, its Tables 1 and 2, and its Figures 2 and 4.
+"""How robust is a trained classifier? The paper's attacks, Tables 1 and 2, Figures 2 and 4; and DDN.
 
     python eval.py runs/*.pt --n 1000 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
@@ -54,30 +54,30 @@ def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
     r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
 
     until x_adv = clamp(x + (1 + overshoot) r) is not classified as y. r is recomputed from the clamped image. Without
-    the 1e-4 a step would end exactly on the boundary. The paper cuts steps to 0.1; math.inf gives the original.
+    the 1e-4 x + r would end exactly on a linear boundary. The paper cuts steps to 0.1; max_step=math.inf does not.
     """
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)  # active: the images that do not fool f yet
     for _ in range(steps):
         active = active[f(x_adv[active]).argmax(1) == y[active]]
         if len(active) == 0:
             break
-        x_i = x[active] + (x_adv[active] - x[active]) / (1 + overshoot)
-        distance, k = boundaries(f, x_i, y[active])[1].min(1)
-        _, w = gradient_towards(f, x_i, y[active], k)
-        r = x_i - x[active] + broadcast(distance.clamp(max=max_step) + 1e-4, x) * unit(w)
+        r = (x_adv[active] - x[active]) / (1 + overshoot)
+        distance, k = boundaries(f, x[active] + r, y[active])[1].min(1)
+        _, w = gradient_towards(f, x[active] + r, y[active], k)
+        r = r + broadcast(distance.clamp(max=max_step) + 1e-4, x) * unit(w)
         x_adv[active] = (x[active] + (1 + overshoot) * r).clamp(0, 1)
     return x_adv
 
 
 @torch.no_grad()
 def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
-    """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_adv = (tanh w + 1) / 2, minimises
+    """The untargeted l2 attack of Carlini and Wagner (2017). Adam on w, with x_i = (tanh w + 1) / 2, minimises
 
-    |x_adv - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
+    |x_i - x|_2^2 + c max(0, f_y - max_{k != y} f_k)
 
-    from w = atanh(0.999999 (2x - 1)); without the factor a pixel of 0 or 1 would have no gradient. c begins at 1e-3.
-    After each search step c is bisected, or multiplied by 10 until an image has fooled f. x_adv is the closest image
-    that fooled f in any step. Every search step runs to its end, without the early abort of the authors' code.
+    from w = atanh(0.999999 (2x - 1)); without the factor a pixel of 0 or 1 would have no gradient. The c of each image
+    begins at 1e-3. Each search step multiplies it by 10 until f was fooled, and from then on bisects it. x_adv is the
+    closest x_i that fooled f in any step. There is no early abort, unlike in Carlini and Wagner's code.
     """
     x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|^2
     low, c, high = (x.new_full((len(x),), value) for value in (0, 1e-3, torch.inf))
@@ -114,8 +114,8 @@ def ddn(f, x, y, steps=100, classes=9):
     r += alpha length w / |w|,   w = grad f_k - grad f_y at x_i,   alpha from 0.5 to 0.01 along the same cosine
     r *= length / |r|, and x + r is clamped to [0,1]
 
-    x_adv is the closest x_i that fooled f. The original goes down the likelihood of y, from a fixed length. It often
-    ends at a class that is not the closest.
+    x_adv is the closest x_i that fooled f. The original attack lowers the likelihood of y, from a fixed first length,
+    and often ends at a class that is not the closest.
     """
     x_adv, shortest = x.clone(), x.new_full((len(x),), torch.inf)  # shortest: the smallest |x_adv - x|
     distance = boundaries(f, x, y)[1]
@@ -139,7 +139,7 @@ def ddn(f, x, y, steps=100, classes=9):
 
 @torch.no_grad()
 def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
-    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, each projected to [0,1], until f
+    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, with x_adv clamped after each, until f
     classifies x_adv as the target with a probability of at least confidence, or until `steps` steps are taken.
 
     x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
@@ -162,8 +162,8 @@ def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, ov
 @torch.no_grad()
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
-    and to the confidence that f has at x. An x_adv of another class is a failure: x is returned. Too small a
-    confidence is none."""
+    and to the confidence that f has at x. If f does not classify x_adv as this target, x is returned; if f does, but
+    with less than this confidence, x_adv is returned."""
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
     is_target = f(x_adv).argmax(1) == target
