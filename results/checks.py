@@ -28,7 +28,7 @@ from advcritic import l2
 
 # The pages' headings for columns of eval.py's tables.
 COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper",
-           "right at 1.5 %": "at 1.5 %", "pictures of 90": "of 90"}
+           "accuracy %": "at 1.5 %"}
 
 
 def test_images(n):
@@ -47,12 +47,12 @@ def rows_of(arch):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
     stronger = (HERE / "stronger.txt").read_text()
     for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", stronger):
-        rows[defense]["ALMA takes off %"] = float(percent)
+        rows[defense]["lost to ALMA %"] = float(percent)
     x, y = test_images(len(rows["critic"]["length"]))
     for row in rows.values():
         f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
         probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
-        row["clean confidence %"] = 100 * probability[predicted == y].mean().item()
+        row["sure %"] = 100 * probability[predicted == y].mean().item()
         row["of 90"] = row["figure 2"]["look like target"]
         row["rho of 100"] = evaluation.mean_rho(x[:100], torch.tensor(row["length"][:100]))
     return rows
@@ -100,7 +100,7 @@ def pages():
             if not line.startswith("|"):
                 header = None
                 continue
-            cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+            cells = [cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
             if header is None:
                 header = cells
                 continue
