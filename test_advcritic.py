@@ -417,7 +417,7 @@ def test_targets_and_the_high_confidence_attack_step_by_step(monkeypatch):
             r_i, p, _ = attack_step(f, expected, target, 0.9999)
             length = r_i.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             expected = (expected + 1.02 * r_i / length * length.clamp(max=max_step)).clamp(0, 1)
-        assert (p < 0.9999).all()  # so that each image takes both steps
+        assert (p < 0.9999).all() and not r_i.requires_grad  # each image takes both steps
         x_adv = high_confidence_attack(f, x, target, 0.9999, steps=2, max_step=max_step)
         assert torch.allclose(x_adv, expected, rtol=0, atol=1e-12)
     x_adv, expected = paper_attack(f, x, y), high_confidence_attack(f, x, target, C)

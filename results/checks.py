@@ -47,7 +47,7 @@ def rows_of(arch):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
     stronger = (HERE / "stronger.txt").read_text()
     for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", stronger):
-        rows[defense]["lost to ALMA %"] = float(percent)
+        rows[defense]["ALMA %"] = float(percent)
     x, y = test_images(len(rows["critic"]["length"]))
     for row in rows.values():
         f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
@@ -111,7 +111,7 @@ def pages():
                 column = COLUMNS.get(column, column)
                 if cells[0] in chances:
                     good = cell == chances[cells[0]][column == "standard error"]
-                elif network and defense and cell and column in networks[network][defense[1]]:
+                elif network and defense and cell != "–" and column in networks[network][defense[1]]:
                     good = shown(cell, networks[network], defense[1], column)
                 else:
                     continue
