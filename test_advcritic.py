@@ -309,6 +309,7 @@ def test_defaults_are_those_of_the_paper():
             train_step: (0.01, 10.0, 5, closest_class), deepfool: (500, 0.1, 0.02), carlini_wagner: (1000, 9, 0.01),
             high_confidence_attack: (500, 0.1, 0.02), ddn: (100, 9)}.items():
         assert getattr(function, "__wrapped__", function).__defaults__ == defaults
+    assert [train.parse_flags(["--quick"])[1][name] for name in ("epochs", "train_images")] == [2, 6000]
 
 
 @pytest.mark.parametrize("max_step", [0.1, math.inf])
@@ -631,7 +632,6 @@ def save_weights(path, f=None, **settings):
 
 @pytest.mark.filterwarnings("error")
 def test_both_scripts_end_to_end(scripts, capsys):
-    """A clean screen, in a new process too. The files where they are said to be; the command that is printed runs."""
     name = "mlp-reference-quick-drawn-0"
     for script, flags in (("train", ["--quick", "--resume", *REFERENCE]), ("eval", [f"{name}.pt"])):
         failed = subprocess.run([sys.executable, HERE / f"{script}.py", *flags], capture_output=True, text=True)

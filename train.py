@@ -1,6 +1,6 @@
 """Trains a classifier against its adversary critic, or with one of the defenses that the paper compares it with.
 
-    python train.py --arch lenet              the paper's run: 100 epochs, 15 to 18 hours on one CPU core, estimated
+    python train.py --arch lenet              the paper's run: 100 epochs, some 18 hours on one CPU core, estimated
     python train.py --arch lenet --quick      a short one, to see it train: 3 minutes on one core
 
 Prints a line after each epoch and, last, the command that measures the network on the test set.
