@@ -88,7 +88,7 @@ def shown(cell, rows, defense, column):
 
 def pages():
     """Exits with an error if a cell of a table is not what the files say."""
-    networks = {"MLP": rows_of("mlp"), "LeNet": rows_of("lenet")}  # in the order of a cell such as 0.244 / 0.245
+    networks = {"MLP": rows_of("mlp"), "LeNet": rows_of("lenet")}
     checked, wrong = 0, []
     chances = {f"{arch}: `{first}` - `{second}`": (f"{difference:.4f}", f"{error:.4f}")
                for arch in networks for first, second, difference, error in neighbours(arch.lower())}
@@ -103,19 +103,18 @@ def pages():
                 header = cells
                 continue
             defense = re.search(r"`(\w+)`", cells[0])
-            for column, both in zip(header[1:], cells[1:]):
-                named, _, column = column.rpartition(": ")
+            for column, cell in zip(header[1:], cells[1:]):
+                column, _, network = column.partition(", ")
                 column = COLUMNS.get(column, column)
-                for network, cell in zip([named] if named else networks, both.split(" / ")):
-                    if cells[0] in chances:
-                        good = cell == chances[cells[0]][column == "standard error"]
-                    elif defense and cell != "–" and column in networks[network][defense[1]]:
-                        good = shown(cell, networks[network], defense[1], column)
-                    else:
-                        continue
-                    checked += 1
-                    if not good:
-                        wrong.append(f"{page}: {cells[0]}, {network} {column}: {cell}")
+                if cells[0] in chances:
+                    good = cell == chances[cells[0]][column == "standard error"]
+                elif defense and network and column in networks[network][defense[1]]:
+                    good = shown(cell, networks[network], defense[1], column)
+                else:
+                    continue
+                checked += 1
+                if not good:
+                    wrong.append(f"{page}: {cells[0]}, {network} {column}: {cell}")
     print("\n".join([*wrong, f"{checked} cells of both pages are those of the files in results, but for {len(wrong)}"]))
     if wrong or checked < 100:
         sys.exit(1)
