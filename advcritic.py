@@ -60,7 +60,7 @@ def mlp():
 
 
 def lenet():
-    """LeNet-5 of Table 1b, its widths from the authors' code. Max-pooling and ReLU may be swapped."""
+    """LeNet-5 of Table 1b, its widths from the authors' code. Max-pooling and ReLU commute."""
     return he_normal(nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(),   # (N,32,12,12)
         nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),  # (N,64,4,4)
@@ -84,8 +84,8 @@ def critic_loss(D, x, y, x_adv, y_adv, lambda_grad=10.0):
     mean softplus(-s_y(x)) + mean softplus(s_y_adv(x_adv)) + lambda_grad (penalty(s_y, x) + penalty(s_y_adv, x_adv))
 
     y_adv replaces the paper's target y_k. The means run over the whole batch, failed attacks included; Eq. 4 takes each
-    class k separately. x and x_adv are constants. The penalty is taken at x and at x_adv, not in between, from the same
-    forward passes as the first two terms: with the same noise.
+    class k separately. x and x_adv are detached. The penalty is taken at x and at x_adv, not in between. Each
+    half reuses the forward pass of its loss term, and thus its noise.
     """
     x, x_adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_()
     real = pick(D(x), y)
@@ -104,7 +104,7 @@ def classifier_loss(f, D, x, y, x_adv, y_adv, lam, lambda_rec=0.01, steps=5):
 
     x_adv = attack(f, x, ..., create_graph=True) with this f. The second and third mean run over the images whose attack
     changed the prediction, and are 0 if there is none. lam is 0.5 for the MLP and 0.1 for LeNet (Section 5). Returns
-    the loss, and a dict of detached scalars: nll, fool, cycle, the three means, and success, the share that changed.
+    the loss, and a dict of detached scalars: nll, fool, cycle (the three means), success (the share that changed).
     """
     logits = f(x)
     probability, predicted = logits.softmax(1).max(1)
@@ -137,7 +137,7 @@ def attack_step(f, x, target, confidence, create_graph=False):
 
     r_i = (sqrt(eps) + |log C - log p| / n) w / n,   w = grad_x log p,   n = sqrt(eps + |w|^2),   eps = 1e-8
 
-    Eq. 7 prints the length (log C - log p) / |w|; the direction is w / |w|. The added sqrt(eps) lengthens each step.
+    Eq. 7 prints the length (log C - log p) / |w|; the direction is w / |w|. With eps a step stays finite where w is 0.
     C = confidence, a float in (0,1] (ValueError if not) or (N,); x is a constant. Returns r_i (N,...) and, at x, the
     target's probability p (N,) and f's logits (N,K). They are detached, unless create_graph keeps them differentiable
     with respect to f's weights, and r_i also with respect to C.
@@ -150,8 +150,8 @@ def attack_step(f, x, target, confidence, create_graph=False):
         x = x.detach().requires_grad_()
         logits = f(x)
         log_p = pick(logits.log_softmax(1), target)
-        # The gradient of the sum holds each image's own gradient. With create_graph w can be differentiated with
-        # respect to the weights: the paper's second-order term d2f / dx dw, whose w stands for the weights.
+        # The gradient of the sum holds each image's own gradient. With create_graph, this gradient can itself be
+        # differentiated by f's weights: the paper's second-order term d2f / dx dw, whose w stands for the weights.
         w, = torch.autograd.grad(log_p.sum(), x, create_graph=create_graph)
         if not create_graph:
             C, log_p, logits = C.detach(), log_p.detach(), logits.detach()
@@ -161,7 +161,7 @@ def attack_step(f, x, target, confidence, create_graph=False):
 
 
 def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False):
-    """A_f(x; target), Algorithm 1: steps from x until f gives the target a probability of at least confidence.
+    """A_f(x; target), Algorithm 1: moves x until f gives the target a probability of at least confidence.
 
     From r = 0, `steps` times:   r += r_i 1[p(x_0) < C] ... 1[p(x_i) < C],   r_i by Eq. 7 at x_i = x + (1 + overshoot) r
     x_adv = x + (1 + overshoot) r,   not clipped to [0,1]
@@ -175,10 +175,9 @@ def attack(f, x, target, confidence, steps=5, overshoot=0.05, create_graph=False
     C = torch.as_tensor(confidence, dtype=x.dtype, device=x.device)
     with torch.set_grad_enabled(create_graph):
         for _ in range(steps):
-            # Here the gradient stops: x_i is a constant. x_adv depends on f's weights in two ways. At x_i the weights
-            # determine r_i and p, and this dependence is differentiated. Through the earlier steps they also determined
-            # x_i itself, and this dependence is cut. If it were not, the gradient of each step would be multiplied by
-            # the Jacobians of all later steps, which contain Hessians of log p.
+            # The gradient stops at x_i, a constant. f's weights determine r_i and p at x_i: this is differentiated.
+            # Through the earlier steps they also determined x_i itself: this is not differentiated. Otherwise the
+            # gradient of each step would be multiplied by the Jacobians of all later steps, with Hessians of log p.
             x_i = (x + (1 + overshoot) * r).detach()
             r_i, p, _ = attack_step(f, x_i, target, confidence, create_graph)
             # The straight-through estimator: the sum has the value s.round() = 1[p < C], and the gradient of s.
@@ -249,8 +248,8 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
     """One training step of the classifier f and the critic D, in place, on a batch of images x in [0,1], labels y.
 
     confidence is a RunningConfidence, which is updated; adam_f and adam_D are the optimizers of f and of D; lam,
-    lambda_rec and lambda_grad are the weights in Eqs. 5, 6 and 4; the attack takes `steps` steps to the class that
-    choose_target(f, x, label) picks. D has as many outputs as f, and is in train mode, for its noise.
+    lambda_rec and lambda_grad weigh `fool`, `cycle` and the penalty; an attack takes `steps` steps, and the one on x
+    goes to choose_target(f, x, f's prediction). D needs as many outputs as f, and train mode, for its noise.
     Returns a dict of detached scalars: nll, fool, cycle and success as in classifier_loss, and critic, Eq. 4.
     Nothing is read back to the host.
     """
@@ -261,7 +260,7 @@ def train_step(f, D, confidence, adam_f, adam_D, x, y, lam, lambda_rec=0.01, lam
                          f"confidence do not match {len(x)} images")
     confidence.update(logits)
     target = choose_target(f, x, logits.argmax(1))
-    # The attack is computed once. The critic sees x_adv; the classifier also differentiates through the attack.
+    # Both losses share this x_adv: the critic's as a constant, the classifier's as a function of f's weights.
     x_adv = attack(f, x, target, confidence.mean[target], steps, create_graph=True)
     with torch.no_grad():
         y_adv = f(x_adv).argmax(1)

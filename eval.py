@@ -1,4 +1,4 @@
-"""How robust is a trained classifier? The paper's attacks, Tables 1 and 2, Figures 2 and 4; and DDN.
+"""How robust is a trained classifier? The paper's attacks and DDN; tables and figures as in the paper.
 
     python eval.py runs/*.pt --n 1000 --attacks deepfool,cw,paper,ddn --figures pictures --json all.json
 
@@ -48,13 +48,13 @@ def gradient_towards(f, x, y, k):
 
 @torch.no_grad()
 def deepfool(f, x, y, steps=500, max_step=0.1, overshoot=0.02):
-    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016): to the closest boundary, whose class k is chosen anew at
-    each step, at most `steps` times:
+    """l2 DeepFool (Moosavi-Dezfooli, Fawzi and Frossard 2016): at most `steps` steps, each to the boundary that is
+    closest then, of class k:
 
     r += (min(|f_k - f_y| / |w|, max_step) + 1e-4) w / |w|,   w = grad f_k - grad f_y,   all at x + r
 
     until x_adv = clamp(x + (1 + overshoot) r) is not classified as y. r is recomputed from the clamped image. Without
-    the 1e-4 x + r would end exactly on a linear boundary. The paper cuts steps to 0.1; max_step=math.inf does not.
+    1e-4, x + r would end exactly on a linear boundary. The paper cuts step lengths to 0.1; math.inf cuts none.
     """
     x_adv, active = x.clone(), torch.arange(len(x), device=x.device)  # active: the images that do not fool f yet
     for _ in range(steps):
@@ -107,7 +107,7 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
 
 @torch.no_grad()
 def ddn(f, x, y, steps=100, classes=9):
-    """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of the closest classes k in turn.
+    """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of so many closest classes k.
     r begins at 0, and length at the distance to the linearised boundary of k. In each step, with x_i = x + r:
 
     length *= 1 - gamma if x_i fools f, else 1 + gamma,   gamma from 0.2 to 0.01 along a cosine
@@ -139,7 +139,7 @@ def ddn(f, x, y, steps=100, classes=9):
 
 @torch.no_grad()
 def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, overshoot=0.02):
-    """The paper's attack as its tests use it (Section 5): Eq. 7 in small steps, with x_adv clamped after each, until f
+    """The attack of the paper's tests (Section 5): Eq. 7 in small steps, with x_adv clamped after each, until f
     classifies x_adv as the target with a probability of at least confidence, or until `steps` steps are taken.
 
     x_adv <- clamp(x_adv + (1 + overshoot) r_i),   r_i by Eq. 7 at x_adv (attack_step), cut to |r_i|_2 <= max_step
@@ -162,8 +162,8 @@ def high_confidence_attack(f, x, target, confidence, steps=500, max_step=0.1, ov
 @torch.no_grad()
 def paper_attack(f, x, y):
     """The paper's attack in its test protocol (Section 5): high_confidence_attack to the class that is closest at x,
-    and to the confidence that f has at x. If f does not classify x_adv as this target, x is returned; if f does, but
-    with less than this confidence, x_adv is returned."""
+    and to the confidence that f has at x. Returns x_adv if f classifies it as this target, even with less than this
+    confidence, else x."""
     target = closest_class(f, x, y)
     x_adv = high_confidence_attack(f, x, target, f(x).softmax(1).amax(1))
     is_target = f(x_adv).argmax(1) == target

@@ -2,6 +2,7 @@
 
     python results/checks.py pages              holds each table of both pages against the files here
     python results/checks.py chance mlp         the differences of rho between neighbours, and their standard errors
+    python results/checks.py sure mlp           how sure the networks are of clean images
     python results/checks.py steps lenet        the time of a training step, in units of one without a defense
     python results/checks.py stronger FILE.pt   what FAB and ALMA find on 100 images that our attacks do not
 
@@ -28,7 +29,7 @@ from advcritic import l2
 
 # The pages' headings for columns of eval.py's tables.
 COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper",
-           "robust %": "at 1.5 %", "ALMA lowers by %": "ALMA %"}
+           "robust %": "at 1.5 %"}
 
 
 def test_images(n):
@@ -39,22 +40,12 @@ def test_images(n):
 
 
 def rows_of(arch):
-    """The rows of results/ARCH.json by defense. Beyond them: Carlini-Wagner's rho on the first 100 of the images, cw,
-    from ARCH-cw.json; rho of 100, on these images; by how much ALMA lowers it, from stronger.txt; and the clean
-    confidence, the mean probability of the right class over the images that are read right."""
+    """The rows of results/ARCH.json by defense. cw is from ARCH-cw.json: Carlini-Wagner's rho on 100 images."""
     rows = {row["settings"]["defense"]: row for row in json.loads((HERE / f"{arch}.json").read_text())}
     for row in json.loads((HERE / f"{arch}-cw.json").read_text()):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
-    stronger = (HERE / "stronger.txt").read_text()
-    for defense, percent in re.findall(rf"{arch}-(\w+)\.pt: ALMA.* takes ([\d.]+)%", stronger):
-        rows[defense]["ALMA %"] = float(percent)
-    x, y = test_images(len(rows["critic"]["length"]))
     for row in rows.values():
-        f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
-        probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
-        row["sure %"] = 100 * probability[predicted == y].mean().item()
         row["of 90"] = row["figure 2"]["look like target"]
-        row["rho of 100"] = evaluation.mean_rho(x[:100], torch.tensor(row["length"][:100]))
     return rows
 
 
@@ -74,6 +65,15 @@ def neighbours(arch):
 def chance(arch):
     for first, second, difference, error in neighbours(arch):
         print(f"`{first}` - `{second}` | {difference:.4f} | {error:.4f}")
+
+
+def sure(arch):
+    """Of each network, the mean probability of the right class on the test images that it reads right."""
+    x, y = test_images(1000)
+    for defense, row in rows_of(arch).items():
+        f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
+        probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
+        print(f"{arch} {defense}: {100 * probability[predicted == y].mean():.1f}%")
 
 
 def shown(cell, rows, defense, column):
@@ -160,4 +160,4 @@ def stronger(path):
 
 if __name__ == "__main__":
     check, *arguments = sys.argv[1:]
-    {"pages": pages, "chance": chance, "steps": steps, "stronger": stronger}[check](*arguments)
+    {"pages": pages, "chance": chance, "sure": sure, "steps": steps, "stronger": stronger}[check](*arguments)
