@@ -28,7 +28,8 @@ import train
 from advcritic import l2
 
 # The pages' headings for columns of eval.py's tables.
-COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper"}
+COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper",
+           "acc. % at 1.5": "at 1.5 %"}
 
 
 def test_images(n):
@@ -45,7 +46,7 @@ def rows_of(arch):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
     for row in rows.values():
         row["of 90"] = row["figure 2"]["look like target"]
-        row["at 2 %"] = 100 * statistics.mean(length is None or length > 2 for length in row["length"])
+        row["acc. % at 2"] = 100 * statistics.mean(length is None or length > 2 for length in row["length"])
     return rows
 
 
@@ -108,7 +109,7 @@ def pages():
                 column = COLUMNS.get(column, column)
                 if cells[0] in chances:
                     good = cell == chances[cells[0]][column == "standard error"]
-                elif defense and network and column in networks[network][defense[1]]:
+                elif defense and network and cell != "–" and column in networks[network][defense[1]]:
                     good = shown(cell, networks[network], defense[1], column)
                 else:
                     continue
