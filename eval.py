@@ -107,7 +107,7 @@ def carlini_wagner(f, x, y, steps=1000, search_steps=9, lr=0.01):
 
 @torch.no_grad()
 def ddn(f, x, y, steps=100, classes=9):
-    """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of so many closest classes k.
+    """The l2 attack by decoupled direction and norm (Rony et al. 2019), towards each of the closest classes k.
     r begins at 0, and length at the distance to the linearised boundary of k. In each step, with x_i = x + r:
 
     length *= 1 - gamma if x_i fools f, else 1 + gamma,   gamma from 0.2 to 0.01 along a cosine

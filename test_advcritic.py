@@ -80,15 +80,15 @@ def assert_same(weights, *values, **tolerance):
 
 def test_networks_layer_by_layer():
     """The critic has noise on the input of each layer, in training alone, and leaky ReLU after the hidden ones."""
-    x, f, D, net = torch.rand(3, 1, 28, 28), mlp(), critic(), lenet()
-    for net, count in ((f, 3_836_410), (D, 2_395_210), (net, 582_026)):
+    x, f, D, g = torch.rand(3, 1, 28, 28), mlp(), critic(), lenet()
+    for net, count in ((f, 3_836_410), (D, 2_395_210), (g, 582_026)):
         assert sum(p.numel() for p in net.parameters()) == count
         for layer in (layer for layer in net if hasattr(layer, "weight")):  # He: variance 2 / fan-in
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.weight[0].numel()), rel=0.1)
             assert layer.bias.abs().max() == 0
-    conv1, conv2, dense, last = (layer for layer in net if hasattr(layer, "weight"))
+    conv1, conv2, dense, last = (layer for layer in g if hasattr(layer, "weight"))
     h = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
-    torch.testing.assert_close(net(x), last(F.relu(dense(h.flatten(1)))))
+    torch.testing.assert_close(g(x), last(F.relu(dense(h.flatten(1)))))
     for net, noise, slope in ((f, [0] * 4, 0), (D, [0.1, 0.5, 0.5], 0.2), (copy.deepcopy(D).eval(), [0] * 3, 0.2)):
         state, h = torch.get_rng_state(), x.flatten(1)
         found = net(x)
