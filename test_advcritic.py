@@ -418,9 +418,9 @@ def test_targets_and_the_high_confidence_attack_step_by_step(monkeypatch):
             r_i, p, _ = attack_step(f, expected, target, 0.9999)
             length = r_i.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             expected = (expected + 1.02 * r_i / length * length.clamp(max=max_step)).clamp(0, 1)
-        assert (p < 0.9999).all() and not r_i.requires_grad  # each image takes both steps
-        x_adv = high_confidence_attack(f, x, target, 0.9999, steps=2, max_step=max_step)
-        assert torch.allclose(x_adv, expected, rtol=0, atol=1e-12)
+        assert (p < 0.9999).all() and not r_i.requires_grad and not x.requires_grad  # each image takes both steps
+        assert torch.allclose(high_confidence_attack(f, x, target, 0.9999, 2, max_step), expected, rtol=0, atol=1e-12)
+    assert (f(high_confidence_attack(f, x, target, 0.21)).argmax(1) == target).all()  # though p = 0.21 comes earlier
     x_adv, expected = paper_attack(f, x, y), high_confidence_attack(f, x, target, C)
     there = f(expected).argmax(1) == target
     assert there.sum() > 10 and torch.equal(x_adv[there], expected[there]) and torch.equal(x_adv[~there], x[~there])
