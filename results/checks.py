@@ -159,6 +159,8 @@ def stronger(path):
               f"(its own rho {evaluation.mean_rho(x, length[name]):.4f}, ours {evaluation.mean_rho(x, ours):.4f})")
 
 
+CHECKS = {"pages": pages, "chance": chance, "sure": sure, "steps": steps, "stronger": stronger}
 if __name__ == "__main__":
-    check, *arguments = sys.argv[1:]
-    {"pages": pages, "chance": chance, "sure": sure, "steps": steps, "stronger": stronger}[check](*arguments)
+    if len(sys.argv) < 2 or sys.argv[1] not in CHECKS:
+        sys.exit(__doc__)
+    CHECKS[sys.argv[1]](*sys.argv[2:])
