@@ -160,6 +160,7 @@ def stronger(path):
 
 
 CHECKS = {"pages": pages, "chance": chance, "sure": sure, "steps": steps, "stronger": stronger}
+
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in CHECKS:
         sys.exit(__doc__)
