@@ -2,8 +2,8 @@
 
     python results/checks.py pages              holds each table of both pages against the files here
     python results/checks.py chance mlp         the differences of rho between neighbours, and their standard errors
-    python results/checks.py sure mlp           how sure the networks are of clean images
-    python results/checks.py steps lenet        the time of a training step, in units of one without a defense
+    python results/checks.py sure mlp           how sure the networks are of clean images, and how long an image is
+    python results/checks.py steps mlp          the time of a training step, in units of plain training: steps.txt
     python results/checks.py stronger FILE.pt   what FAB and ALMA find on 100 images that our attacks do not
 
 `stronger` wants more than torch: pip install numpy tqdm, and pip install --no-deps adv-lib==0.2.8.
@@ -28,8 +28,7 @@ import train
 from advcritic import l2
 
 # The pages' headings for columns of eval.py's tables.
-COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper",
-           "look new of 90": "of 90"}
+COLUMNS = {"error %": "test error %", "looks %": "looks like target %", "paper's attack": "paper"}
 
 
 def test_images(n):
@@ -40,19 +39,21 @@ def test_images(n):
 
 
 def rows_of(arch):
-    """The rows of results/ARCH.json by defense. cw is from ARCH-cw.json: Carlini-Wagner's rho on 100 images."""
+    """The rows of results/ARCH.json by defense, and beyond them: cw, Carlini-Wagner's rho on 100 images, from
+    ARCH-cw.json; step from steps.txt; and what follows from the lengths and from Figure 2."""
     rows = {row["settings"]["defense"]: row for row in json.loads((HERE / f"{arch}.json").read_text())}
     for row in json.loads((HERE / f"{arch}-cw.json").read_text()):
         rows[row["settings"]["defense"]]["cw"] = row["cw"]
+    for defense, step in re.findall(rf"{arch} (\w+) ([\d.]+)", (HERE / "steps.txt").read_text()):
+        rows[defense]["step"] = float(step)
     for row in rows.values():
-        row["of 90"] = row["figure 2"]["look like target"]
+        row["look new of 90"] = row["figure 2"]["look like target"]
         row["robust %"] = 100 * statistics.mean(length is None or length > 2 for length in row["length"])
     return rows
 
 
-def neighbours(arch):
+def neighbours(rows):
     """Of neighbours in the order of rho: (first, second, difference, its standard error over the same images)."""
-    rows = rows_of(arch)
     norm = l2(test_images(len(rows["critic"]["length"]))[0])
     rho = {defense: torch.tensor(row["length"]) / norm for defense, row in rows.items()}
     names = sorted(rho, key=lambda defense: -rho[defense].mean())
@@ -64,7 +65,7 @@ def neighbours(arch):
 
 
 def chance(arch):
-    for first, second, difference, error in neighbours(arch):
+    for first, second, difference, error in neighbours(rows_of(arch)):
         print(f"`{first}` - `{second}` | {difference:.4f} | {error:.4f}")
 
 
@@ -75,14 +76,15 @@ def sure(arch):
         f, _ = evaluation.load_checkpoint(ROOT / row["checkpoint"])
         probability, predicted = evaluation.batched_logits(f, x).softmax(1).max(1)
         print(f"{arch} {defense}: {100 * probability[predicted == y].mean():.1f}%")
+    print(f"the mean length of an image: {l2(x).mean():.1f}")
 
 
-def shown(cell, rows, defense, column):
+def shown(cell, row, column):
     """Whether a cell such as 0.274 (0.288) is this figure of ours, rounded, and the paper's value."""
     number, _, paper = cell.rstrip(")").partition(" (")
     digits = len(number.partition(".")[2])
-    row = rows[defense]
-    values = evaluation.PAPER.get(f"{row['settings']['arch']} {defense}", ())
+    settings = row["settings"]
+    values = evaluation.PAPER.get(f"{settings['arch']} {settings['defense']}", ())
     papers = dict(zip(evaluation.PAPER_COLUMNS, values))
     return number == f"{row[column]:.{digits}f}" and (not paper or paper == f"{papers[column]:.{digits}f}")
 
@@ -91,8 +93,8 @@ def pages():
     """Exits with an error if a cell of a table is not what the files say."""
     networks = {"MLP": rows_of("mlp"), "LeNet": rows_of("lenet")}
     checked, wrong = 0, []
-    chances = {f"{arch}: `{first}` - `{second}`": (f"{difference:.4f}", f"{error:.4f}")
-               for arch in networks for first, second, difference, error in neighbours(arch.lower())}
+    chances = {f"{name}: `{first}` - `{second}`": (f"{difference:.4f}", f"{error:.4f}")
+               for name, rows in networks.items() for first, second, difference, error in neighbours(rows)}
     for page in ("README.md", "results/README.md"):
         header = None
         for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
@@ -110,7 +112,7 @@ def pages():
                 if cells[0] in chances:
                     good = cell == chances[cells[0]][column == "standard error"]
                 elif defense and network and cell != "–" and column in networks[network][defense[1]]:
-                    good = shown(cell, networks[network], defense[1], column)
+                    good = shown(cell, networks[network][defense[1]], column)
                 else:
                     continue
                 checked += 1
@@ -135,7 +137,8 @@ def steps(arch):
             train.step(run, 1, x, y)
             seconds[defense].append(time.perf_counter() - began)
     median = {defense: statistics.median(some) for defense, some in seconds.items()}
-    print(arch, ", ".join(f"{defense} {some / median['reference']:.1f}" for defense, some in median.items()))
+    for defense, some in median.items():
+        print(f"{arch} {defense} {some / median['reference']:.1f}")
 
 
 def stronger(path):
